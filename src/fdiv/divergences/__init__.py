@@ -1,0 +1,1 @@
+"""The catalogue: one file a divergence, or a tight pair."""

@@ -19,6 +19,8 @@ from fdiv.divergences.kl import ReverseKL as ReverseKL
 from fdiv.divergences.renyi import Renyi as Renyi
 from fdiv.divergences.skew import SkewKL as SkewKL
 from fdiv.divergences.skew import SkewReverseKL as SkewReverseKL
+from fdiv.divergences.softened import SoftenedKL as SoftenedKL
+from fdiv.divergences.softened import SoftenedReverseKL as SoftenedReverseKL
 from fdiv.divergences.triangular import Triangular as Triangular
 from fdiv.divergences.tv import TV as TV
 from fdiv.notation import parse as parse

@@ -1,5 +1,6 @@
 """fdiv: the divergence between two distributions, made a choice."""
 
+from fdiv import testing as testing
 from fdiv._bregman import BregmanDivergence as BregmanDivergence
 from fdiv._divergence import Divergence as Divergence
 from fdiv._divergence import FDivergence as FDivergence

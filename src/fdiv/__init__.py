@@ -34,6 +34,14 @@ from fdiv.divergences.triangular import Triangular as Triangular
 from fdiv.divergences.tv import TV as TV
 from fdiv.divergences.wasserstein import Sliced as Sliced
 from fdiv.divergences.wasserstein import Wasserstein1D as Wasserstein1D
+from fdiv.estimate._estimator import Estimator as Estimator
+from fdiv.estimate._estimator import Guarantee as Guarantee
+from fdiv.estimate.exact import Exact as Exact
+from fdiv.estimate.fused_linear import FusedLinear as FusedLinear
+from fdiv.estimate.monte_carlo import MonteCarlo as MonteCarlo
+from fdiv.estimate.sampled_logits import SampledLogits as SampledLogits
+from fdiv.estimate.top_k import TopK as TopK
+from fdiv.estimate.variational import Variational as Variational
 from fdiv.notation import parse as parse
 
 __version__ = "0.1.0"

@@ -42,6 +42,12 @@ from fdiv.estimate.monte_carlo import MonteCarlo as MonteCarlo
 from fdiv.estimate.sampled_logits import SampledLogits as SampledLogits
 from fdiv.estimate.top_k import TopK as TopK
 from fdiv.estimate.variational import Variational as Variational
+from fdiv.methods._method import Method as Method
+from fdiv.methods._method import Out as Out
+from fdiv.methods.distill.gkd import GKD as GKD
+from fdiv.methods.distill.sft import SFT as SFT
+from fdiv.methods.prefer.fdpo import FDPO as FDPO
+from fdiv.methods.rl.grpo import GRPO as GRPO
 from fdiv.notation import parse as parse
 
 __version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""One paper, one file, in folders by what it is for."""

@@ -1,0 +1,1 @@
+"""Reinforcement learning with a divergence to a reference policy."""

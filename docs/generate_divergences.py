@@ -66,18 +66,14 @@ class Row:
 
 def main() -> None:
     members = exported()
-    plain = [
-        c for c in members if issubclass(c, fdiv.FDivergence) and c.__name__ not in MADE_OF_OTHERS
-    ]
+    plain = [c for c in members if issubclass(c, fdiv.FDivergence) and c.__name__ not in MADE_OF_OTHERS]
     rows = [Row(fdiv.parse(text)) for c in plain for text in REGIMES.get(c.__name__, [example(c)])]
     made = [c for c in members if c.__name__ in MADE_OF_OTHERS]
     others = [c for c in members if not issubclass(c, fdiv.FDivergence)]
 
     page = HEAD + lines(rows) + MADE + lines(map(entry, made)) + OTHERS + lines(map(entry, others))
     PAGE.write_text(page, encoding="utf-8")
-    print(
-        f"{PAGE.name}: {len(rows)} rows of f-divergences, {len(made) + len(others)} other classes"
-    )
+    print(f"{PAGE.name}: {len(rows)} rows of f-divergences, {len(made) + len(others)} other classes")
 
 
 def exported() -> list[type]:

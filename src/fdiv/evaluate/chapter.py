@@ -90,6 +90,11 @@ class Chapter:
     def seeds(self):
         return sorted({run.seed for run in self.runs})
 
+    @property
+    def items_vary(self):
+        """Whether ± is over evaluation items, for want of a second seed."""
+        return len(self.seeds) == 1 and any(run.record.get("scalar_errors") for run in self.runs)
+
     @cached_property
     def members(self):
         return self._labels(True)

@@ -107,4 +107,6 @@ def _training(chapter, look, take):
 
 def spread(chapter):
     count = len(chapter.seeds)
+    if chapter.items_vary:
+        return "95% interval over evaluation items, of one training seed"
     return f"95% Student-t interval over {count} seeds" if count > 1 else "one seed, so no interval"

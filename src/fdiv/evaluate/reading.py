@@ -152,7 +152,7 @@ def _calibration(chapter):
     excess = {m: difference(chapter, (m, "ece"), (m, "ece_null")) for m in measured}
     if not excess:
         return ""
-    clear = [m for m, gap in excess.items() if gap.mean > 0 and gap.excludes(0)]
+    clear = [m for m, gap in excess.items() if gap.mean > 0 and _stands_clear(chapter, m, gap)]
     if not clear:
         return "no ECE stands clear of its null bias, that of a perfectly calibrated model."
     worst = max(clear, key=lambda m: excess[m].mean)
@@ -164,3 +164,9 @@ def _calibration(chapter):
     verb = "exceeds its" if len(clear) == 1 else "exceed their"
     most = f"most for {worst} (by {plus_minus(excess[worst])})"
     return f"the ECE of {listing(clear)} {verb} null bias, {most}.{rest}"
+
+
+def _stands_clear(chapter, member, excess):
+    """Over seeds; with a single one, over the evaluation's items where their spread is known."""
+    half = excess.half if excess.half is not None else chapter.interval(member, "ece").half
+    return half is not None and excess.mean > half

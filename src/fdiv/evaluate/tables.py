@@ -123,7 +123,8 @@ def _table(chapter, name, columns, field, signs):
 def _caption(chapter):
     count = len(chapter.seeds)
     if count < 2:
-        return "One seed; bold: best mean among members. Rows below the rule are references."
+        said = "One seed; ±: 95% over evaluation items" if chapter.items_vary else "One seed"
+        return f"{said}; bold: best mean among members. Rows below the rule are references."
     return (
         f"Mean ± half-width of the 95% Student-t interval over {count} seeds; bold: best member, "
         "and those whose seed-by-seed difference from it does not exclude zero."

@@ -47,7 +47,8 @@ def _chapter(chapter):
 
 
 def _remarks(chapter):
-    yield Text(f"mean ± 95% half-width over {counted(len(chapter.seeds), 'seed')}", "dim")
+    over = "evaluation items, one seed" if chapter.items_vary else counted(len(chapter.seeds), "seed")
+    yield Text(f"mean ± 95% half-width over {over}", "dim")
     for claim in claims(chapter):
         style = {True: "green", False: "red", None: "yellow"}[claim.came_out]
         faint = f" ({claim.caveat})" if claim.caveat else ""

@@ -1,0 +1,5 @@
+"""python -m fdiv"""
+
+from fdiv.cli import main
+
+main()

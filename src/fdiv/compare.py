@@ -1,0 +1,216 @@
+"""Run every member and seed of one or more recipes, side by side, and write the report."""
+
+import json
+import multiprocessing
+import platform
+import sys
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty
+
+import torch
+import transformers
+import yaml
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+import fdiv
+from fdiv.recipe import Member, Recipe, load, members
+from fdiv.train import Run, slug, train_member, train_reference
+
+News = tuple[str, int, int, float | None]  # run, step, steps, loss (None: before training)
+Tell = Callable[[News], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker process is sent: all plain data."""
+
+    recipe: Path
+    overrides: tuple[tuple[str, str], ...]
+    folder: Path
+    seed: int
+    member: str | None  # None: the reference of the seed
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder.name}, seed {self.seed}: {self.member or 'reference'}"
+
+
+def compare(
+    recipes: list[Path], out: Path, jobs: int = 1, overrides: dict[str, str] | None = None
+) -> tuple[list[Path], list[str]]:
+    """Train what is not trained yet, at most `jobs` at a time; returns chapter folders and failures.
+
+    Finished members are kept and unfinished ones resumed, so a run that was interrupted is started again
+    with the same command.
+    """
+    loaded = [load(path, overrides) for path in recipes]
+    folders = [out / recipe.name for recipe in loaded]
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"two recipes have the same name: {[r.name for r in loaded]}")
+    for recipe, folder in zip(loaded, folders, strict=True):
+        describe(recipe, folder)
+    options = tuple((overrides or {}).items())
+    plan = [
+        Job(path.resolve(), options, folder, seed, None)
+        for path, recipe, folder in zip(recipes, loaded, folders, strict=True)
+        for seed in recipe.seeds
+    ]
+    waiting = {job: [_member_job(job, m) for m in members(r)] for job, r in _with_recipes(plan, loaded)}
+    failures = execute(plan, waiting, jobs)
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return folders, failures
+
+
+def execute(plan: list[Job], waiting: dict[Job, list[Job]], jobs: int) -> list[str]:
+    """References first; as each is done, the members of its seed. Returns what failed, and why."""
+    total = len(plan) + sum(len(rows) for rows in waiting.values())
+    with Board(total) as board:
+        if jobs == 1:
+            return in_turn(plan, waiting, board)
+        return side_by_side(plan, waiting, jobs, board)
+
+
+def in_turn(plan: list[Job], waiting: dict[Job, list[Job]], board: "Board") -> list[str]:
+    """One after another, in this process."""
+    failures = []
+    for reference in plan:
+        for job in [reference, *waiting[reference]]:
+            try:
+                work(job, board.show)
+                board.done(job)
+            except Exception as error:  # one member's failure must not lose the others
+                failures.append(f"{job.name}: {error}")
+                board.done(job, 1 + len(waiting[reference]) if job == reference else 1)
+                if job == reference:
+                    break
+    return failures
+
+
+def side_by_side(plan: list[Job], waiting: dict[Job, list[Job]], jobs: int, board: "Board") -> list[str]:
+    """At most `jobs` at a time, each in a worker process."""
+    failures = []
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        news = manager.Queue()
+        running: dict[Future, Job] = {pool.submit(work, job, news.put): job for job in plan}
+        try:
+            while running:
+                done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                _pass_on(news, board)
+                for job, error in [(running.pop(future), future.exception()) for future in done]:
+                    if error:
+                        failures.append(f"{job.name}: {error}")
+                        board.done(job, 1 + len(waiting.get(job, [])))
+                        continue
+                    board.done(job)
+                    running |= {pool.submit(work, m, news.put): m for m in waiting.get(job, [])}
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+    return failures
+
+
+def work(job: Job, tell: Tell) -> None:
+    """Train one member, or the reference of a seed."""
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()  # ours says more
+    transformers.utils.logging.set_verbosity_error()
+    recipe = load(job.recipe, dict(job.overrides))
+    run = Run(recipe, job.seed, job.folder, lambda *numbers: tell((job.name, *numbers)))
+    if job.member is None:
+        torch.set_num_threads((recipe.reference.train or recipe.train).threads)
+        train_reference(run)
+    else:
+        train_member(run, next(m for m in members(recipe) if m.label == job.member))
+
+
+def describe(recipe: Recipe, folder: Path) -> None:
+    """Write what is going to be run; refuse a folder that holds a different recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    kept = folder / "recipe.yaml"
+    if kept.exists() and _trained(kept.read_text()) != _trained(resolved):
+        raise FileExistsError(
+            f"{folder} holds runs of another version of this recipe; give another --out, or delete it"
+        )
+    kept.write_text(resolved)
+    report = recipe.report.model_dump(mode="json")
+    baselines = [b.label for b in recipe.baselines]
+    head = {"name": recipe.name, "kind": recipe.parse(recipe.method).consumes}
+    head |= {"references": [recipe.reference.label, *baselines]}
+    head |= {"order": [m.label for m in members(recipe)]}
+    (folder / "recipe.json").write_text(json.dumps(head | report, indent=1))
+    (folder / "environment.json").write_text(json.dumps(environment(recipe), indent=1))
+    for seed in recipe.seeds:  # so that the report can name what is not finished
+        for label in [recipe.reference.label, *(m.label for m in members(recipe))]:
+            (folder / f"seed-{seed}" / slug(label)).mkdir(parents=True, exist_ok=True)
+
+
+def environment(recipe: Recipe) -> dict:
+    return {
+        "fdiv": fdiv.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "seeds": recipe.seeds,
+        "threads": recipe.train.threads,
+        "command": " ".join(["fdiv", *sys.argv[1:]]),
+    }
+
+
+def _trained(text: str) -> dict:
+    """The part of a resolved recipe that trained models depend on."""
+    return {k: v for k, v in yaml.safe_load(text).items() if k not in ("report", "measure", "seeds")}
+
+
+def _with_recipes(plan: list[Job], loaded: list[Recipe]) -> list[tuple[Job, Recipe]]:
+    named = {recipe.name: recipe for recipe in loaded}
+    return [(job, named[job.folder.name]) for job in plan]
+
+
+def _member_job(job: Job, member: Member) -> Job:
+    return Job(job.recipe, job.overrides, job.folder, job.seed, member.label)
+
+
+def _pass_on(news, board: "Board") -> None:
+    while True:
+        try:
+            board.show(news.get_nowait())
+        except Empty:
+            return
+
+
+class Board:
+    """The progress bars: all runs, and a line for each that is at work."""
+
+    def __init__(self, total: int):
+        columns = (BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
+        self.bars = Progress(TextColumn("{task.description}"), *columns)
+        self.all = self.bars.add_task("runs", total=total)
+        self.lines: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "Board":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def show(self, news: News) -> None:
+        name, step, steps, loss = news
+        if name not in self.lines:
+            self.lines[name] = self.bars.add_task(name, total=steps)
+        doing = "asking the reference" if loss is None else f"loss {loss:.3g}"
+        self.bars.update(self.lines[name], completed=step, total=steps, description=f"{name} ({doing})")
+
+    def done(self, job: Job, runs: int = 1) -> None:
+        self.bars.advance(self.all, runs)
+        if job.name in self.lines:
+            self.bars.remove_task(self.lines.pop(job.name))

@@ -1,0 +1,4 @@
+"""The tasks that a recipe can name."""
+
+from fdiv.tasks.grammar import Grammar as Grammar
+from fdiv.tasks.text import Corpus as Corpus

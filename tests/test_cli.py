@@ -1,0 +1,54 @@
+"""What a user sees in the terminal."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.test_train import TINY
+
+
+def fdiv(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "fdiv", *arguments]
+    environment = os.environ | {"COLUMNS": "120"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+
+
+def test_list_shows_each_divergence_with_its_character(tmp_path):
+    out = fdiv("list", cwd=tmp_path)
+    assert out.returncode == 0
+    assert "ReverseKL()" in out.stdout
+    assert "mode-seeking" in out.stdout
+
+
+def test_train_ends_with_a_table_and_the_path_of_the_report(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    out = fdiv("train", "tiny.yaml", "--out", "runs", cwd=tmp_path)
+    assert out.returncode == 0, out.stderr
+    assert "report.html" in out.stdout
+    assert (tmp_path / "runs" / "report.html").exists()
+    assert [p.name for p in (tmp_path / "runs" / "tiny" / "seed-0").iterdir() if p.name != "teacher"] == [
+        "kl"
+    ]
+    again = fdiv("report", "runs", "--out", "again.html", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "again.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["compare", "tiny.yaml", "--set", "train.step=3"], "did you mean 'steps'"),
+        (["compare", "none.yaml"], "no recipe at none.yaml"),
+        (["compare", "tiny.yaml", "--set", "train.steps"], "key=value"),
+        (["report", "."], "a chapter folder holds a recipe.json"),
+    ],
+)
+def test_a_mistake_is_answered_in_a_sentence_without_a_traceback(tmp_path, arguments, said):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    out = fdiv(*arguments, cwd=tmp_path)
+    assert out.returncode == 2
+    assert said in " ".join(out.stderr.split())
+    assert "Traceback" not in out.stderr

@@ -1,0 +1,203 @@
+"""The public surface, pinned: what is exported, how it is made, and which way imports point."""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.test_divergences import ROWS
+
+import fdiv
+
+PACKAGE = Path(fdiv.__file__).parent
+
+# Every exported name with its dataclass fields and defaults; None is not a dataclass. Adding a line
+# is the decision to support a name; changing one breaks somebody's recipe. The f-divergences are pinned
+# by their rows in tests/test_divergences.py, so that adding one touches no file but those three.
+EXPORTS = {
+    "testing": None,
+    "BregmanDivergence": None,
+    "Divergence": None,
+    "FDivergence": None,
+    "Reverse": "divergence",
+    "Sum": "terms",
+    "MetricDivergence": None,
+    "OnPoints": "metric, points",
+    "AlphaBeta": "alpha, beta",
+    "CauchySchwarz": "bandwidth",
+    "Energy": "",
+    "Generator": "f_of_log_ratio",
+    "Gaussian": "bandwidth",
+    "Laplace": "bandwidth",
+    "MMD": "kernel=Gaussian(bandwidth=1.0)",
+    "Renyi": "alpha",
+    "Sinkhorn": "blur, p=2, debias=True, scaling=0.99",
+    "Sliced": "p=2, directions=64, seed=0",
+    "Wasserstein1D": "p=2",
+    "Estimator": None,
+    "Guarantee": "bias, bound, support",
+    "Exact": "",
+    "FusedLinear": "chunk=256",
+    "MonteCarlo": "samples='q', gradient='score'",
+    "SampledLogits": "n=50, proposal='mixture'",
+    "TopK": "k, support='teacher'",
+    "Variational": "",
+    "Method": None,
+    "Out": None,
+    "GKD": "divergence, estimator, lmbda=0.0, temperature=1.0",
+    "SFT": "divergence",
+    "FDPO": "divergence, beta=0.1, loss='sigmoid', label_smoothing=0.0",
+    "GRPO": "divergence, estimator, beta=0.04, clip=0.2, future=True",
+    "parse": None,
+}
+
+# From left to right of the import direction; a module may import its own layer and those before it.
+LAYERS = (
+    {"_math"},
+    {"_divergence", "_ratio", "_metric", "_bregman"},
+    {"divergences", "notation"},
+    {"operators", "estimate", "transport", "kernels", "testing"},
+    {"methods"},
+    {"adapters", "tasks", "evaluate", "recipe", "feeds", "train", "compare", "catalogue"},
+    {"cli", "__main__"},
+)
+LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
+TRAINING = 5  # from this layer on, `import fdiv` itself and the packages of the extra "train" are allowed
+HEAVY = (
+    "transformers",
+    "matplotlib",
+    "pydantic",
+    "geomloss",
+    "ot",
+    "yaml",
+    "typer",
+    "rich",
+    "scipy",
+)
+
+
+def fields_of(name: str) -> str | None:
+    member = getattr(fdiv, name)
+    if not (isinstance(member, type) and dataclasses.is_dataclass(member)):
+        return None
+    return ", ".join(
+        field.name if field.default is dataclasses.MISSING else f"{field.name}={field.default!r}"
+        for field in dataclasses.fields(member)
+    )
+
+
+def exported() -> set[str]:
+    body = ast.parse((PACKAGE / "__init__.py").read_text()).body
+    return {
+        alias.asname or alias.name
+        for node in body if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }  # fmt: skip
+
+
+def f_divergences() -> set[str]:
+    """The names that the table of closed forms pins."""
+    return {type(row.divergence).__name__ for row in ROWS} - set(EXPORTS)
+
+
+def test_exactly_the_pinned_names_are_exported():
+    pinned = set(EXPORTS) | f_divergences()
+    missing, new = pinned - exported(), exported() - pinned
+    assert not missing, f"no longer exported: {sorted(missing)}"
+    assert not new, f"add a line to EXPORTS for {sorted(new)}"
+
+
+def test_every_export_is_one_explicit_line():
+    for node in ast.parse((PACKAGE / "__init__.py").read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            (alias,) = node.names
+            assert alias.asname == alias.name, f"write `import {alias.name} as {alias.name}`"
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_fields_and_defaults_are_pinned(name):
+    assert fields_of(name) == EXPORTS[name]
+
+
+@pytest.mark.parametrize("name", sorted(f_divergences()))
+def test_the_default_of_an_f_divergence_has_a_row(name):
+    member = getattr(fdiv, name)
+    required = [f for f in dataclasses.fields(member) if f.default is dataclasses.MISSING]
+    assert required or member() in [row.divergence for row in ROWS]
+
+
+@pytest.mark.parametrize("name", [*(n for n in EXPORTS if EXPORTS[n] is not None), *sorted(f_divergences())])
+def test_every_exported_dataclass_is_frozen_and_documented(name):
+    member = getattr(fdiv, name)
+    assert member.__dataclass_params__.frozen
+    assert member.__doc__ and not member.__doc__.startswith(f"{name}("), f"{name} has no docstring"
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def layer_of(module: str) -> int:
+    name = module.split(".")[0]
+    assert name in LAYER, f"say in LAYERS of tests/test_public.py where {name!r} belongs"
+    return LAYER[name]
+
+
+def imported(path: Path) -> list[str]:
+    """Absolute names of all that a file imports, at any depth of the file."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = ["fdiv", *path.relative_to(PACKAGE).parts][: -node.level] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            names += [f"{source}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_never_point_to_a_later_layer(path):
+    module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    if module == "__init__":
+        return
+    layer = layer_of(module)
+    for name in imported(path):
+        root, _, rest = name.partition(".")
+        if root != "fdiv":
+            heavy = layer < TRAINING and root in HEAVY
+            assert not heavy, f"{module} imports {root}, which the core does without"
+        elif not _is_module(rest):  # a name that __init__ exports
+            assert layer >= TRAINING, f"{module} imports {name} from the package that imports it"
+        else:
+            target = layer_of(rest)
+            assert target <= layer, f"{module} (layer {layer}) imports {name} (layer {target})"
+
+
+def _is_module(dotted: str) -> bool:
+    first = PACKAGE / dotted.split(".")[0]
+    return bool(dotted) and (first.is_dir() or first.with_suffix(".py").exists())
+
+
+def test_only_the_adapter_imports_transformers():
+    importers = {
+        str(path.relative_to(PACKAGE))
+        for path in modules()
+        if any(name.split(".")[0] == "transformers" for name in imported(path))
+    }
+    assert importers <= {"adapters/transformers.py", "compare.py"}  # compare notes its version
+
+
+def test_importing_fdiv_imports_torch_and_nothing_else_that_is_heavy():
+    code = (
+        "import sys, torch; before = set(sys.modules); import fdiv; "
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    added = set(run.stdout.split())
+    assert not added & {*HEAVY, "pytest", "hypothesis", "trl", "triton", "jinja2"}
+    assert "fdiv" in added

@@ -166,8 +166,9 @@ def environment(recipe: Recipe) -> dict:
 
 
 def _trained(text: str) -> dict:
-    """The part of a resolved recipe that trained models depend on."""
-    return {k: v for k, v in yaml.safe_load(text).items() if k not in ("report", "measure", "seeds")}
+    """The part of a resolved recipe that every member depends on: members and seeds may be added."""
+    free = ("report", "seeds", "divergences", "baselines", "sweep")
+    return {k: v for k, v in yaml.safe_load(text).items() if k not in free}
 
 
 def _with_recipes(plan: list[Job], loaded: list[Recipe]) -> list[tuple[Job, Recipe]]:

@@ -67,6 +67,7 @@ def train_member(run: Run, member: Member) -> None:
     """Train, evaluate and save one member; goes on from a checkpoint, does nothing if all is done."""
     folder, recipe, spec = run.member_folder(member), run.recipe, run.recipe.train
     if (folder / "evaluation.json").exists():
+        _refuse_another(folder, member)
         return
     torch.set_num_threads(spec.threads)
     task, device = recipe.parse(recipe.task), device_of(spec)
@@ -82,6 +83,14 @@ def train_member(run: Run, member: Member) -> None:
     model.save(folder / "model")
     result = task.evaluate(model, reference, measures(recipe), run.seed)
     finish(folder, result, run, member.label, "member", time.perf_counter() - started, model, member)
+
+
+def _refuse_another(folder: Path, member: Member) -> None:
+    method = json.loads((folder / "evaluation.json").read_text())["method"]
+    if method != (repr(member.method) if member.method else None):
+        raise FileExistsError(
+            f"{folder} holds {member.label!r} trained as {method}; give another --out, or delete the folder"
+        )
 
 
 def load_reference(run: Run, task, device: str) -> CausalLM:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from fdiv._divergence import Divergence
 from fdiv.adapters.transformers import CausalLM
 from fdiv.feeds import FEEDS, Tokens
 from fdiv.methods._method import Out
@@ -191,11 +192,12 @@ def finish(
 ) -> None:
     """Write evaluation.json, the mark that a run is done."""
     stage = run.recipe.reference.train if member is None else member.method and run.recipe.train
+    columns = {divergence: text for text, divergence in measures(run.recipe).items()}
     head = {
         "label": label,
         "slug": folder.name,
         "role": role if member is None or member.divergence is not None else "reference",
-        "divergence": repr(member.divergence) if member and member.divergence else None,
+        "divergence": _written(member.divergence, columns) if member and member.divergence else None,
         "method": repr(member.method) if member and member.method else None,
         "group": member.group if member else None,
         "parameter": dict([member.parameter]) if member and member.parameter else None,
@@ -207,6 +209,11 @@ def finish(
     text = json.dumps(head | result, indent=1, allow_nan=True)
     (folder / "evaluation.json.new").write_text(text)
     (folder / "evaluation.json.new").rename(folder / "evaluation.json")
+
+
+def _written(divergence: Divergence, columns: dict[Divergence, str]) -> str:
+    """As the recipe writes it among its measures, so that the report can pair row and column."""
+    return columns.get(divergence, repr(divergence))
 
 
 def device_of(spec: TrainSpec) -> str:

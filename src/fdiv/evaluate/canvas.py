@@ -50,7 +50,9 @@ def save(figure, folder, name):
     """Write NAME.svg and NAME.png under `folder`; returns the SVG to be put inside a page."""
     folder.mkdir(parents=True, exist_ok=True)
     with rc_context(SETTINGS):
-        figure.savefig(folder / f"{name}.png", dpi=200, metadata={"Software": None})
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, for both files
+        figure.savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None})
     svg = as_svg(figure, name)
     (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
     return inline(svg, name)

@@ -68,11 +68,12 @@ class FDPO:
         self, *, log_p_chosen: Tensor, log_p_rejected: Tensor, log_q_chosen: Tensor, log_q_rejected: Tensor
     ) -> Out:
         """Summed log-probabilities of whole responses, [pairs] each; p reference, q policy."""
-        chosen = self.score(log_p_chosen.detach(), log_q_chosen)
-        rejected = self.score(log_p_rejected.detach(), log_q_rejected)
+        log_p = torch.stack([log_p_chosen, log_p_rejected]).detach()
+        log_q = torch.stack([log_q_chosen, log_q_rejected])
+        chosen, rejected = self.score(log_p, log_q)
         margin = self.beta * (chosen - rejected)
         with torch.no_grad():
-            ratios = torch.stack([log_q_chosen - log_p_chosen, log_q_rejected - log_p_rejected])
+            ratios = log_q - log_p
             metrics = {
                 "reward_chosen": self.beta * chosen.mean(),  # the reward that is optimised,
                 "reward_rejected": self.beta * rejected.mean(),

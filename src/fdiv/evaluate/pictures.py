@@ -11,7 +11,7 @@ from .heatmap import heatmap
 from .reading import axes
 from .sweep import sweep_lines
 
-MOST_LOGGED = 5
+MOST_LOGGED = 4
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ class Grammar:
             ],
             1,
         )
-        rows = model.log_softmax(*self._text(ids)).double().cpu()
+        rows = model.log_softmax(*self._text(ids)).cpu().double()
         rows = rows.reshape(len(prompts), *[self.symbols] * (self.length - 1), self.length, self.vocab_size)
         log_q = torch.zeros(len(prompts), *[1] * self.length, dtype=torch.float64)
         for step in range(self.length):

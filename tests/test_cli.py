@@ -1,8 +1,10 @@
 """What a user sees in the terminal."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,30 @@ def test_train_ends_with_a_table_and_the_path_of_the_report(tmp_path):
     again = fdiv("report", "runs", "--out", "again.html", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "again.html").exists()
+
+
+def test_a_run_that_fails_is_named_and_ends_with_a_code_of_its_own(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    out = fdiv("train", "tiny.yaml", "--out", "runs", "--set", "train.learning_rate=1e30", cwd=tmp_path)
+    assert out.returncode == 1
+    assert "failed: tiny, seed 0: KL()" in out.stderr
+    assert "not finished: KL(), seed 0" in " ".join(out.stdout.split())
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    command = [sys.executable, "-m", "fdiv", "train", "tiny.yaml", "--set", "train.steps=100000"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        log = tmp_path / "runs" / "train" / "tiny" / "seed-0" / "kl" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not log.exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(

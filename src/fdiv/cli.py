@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import click
 import typer
@@ -84,19 +84,20 @@ def list_() -> None:
 def main() -> None:
     """Entry point: errors in recipes are a sentence, not a traceback; Ctrl-C leaves runs to be resumed."""
     try:
-        app(standalone_mode=False)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where this one stopped", 130)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = app(standalone_mode=False)  # what a command returns, or the code of its typer.Exit
+    except (KeyboardInterrupt, click.Abort):
+        code = 130
     except (RecipeError, FileNotFoundError, FileExistsError, ImportError) as error:
         _fail(str(error), 2)
     except click.ClickException as error:  # a wrong option or argument
         error.show()
         sys.exit(error.exit_code)
+    if code == 130:
+        _fail("interrupted; the same command goes on where this one stopped", 130)
+    sys.exit(code or 0)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     Console(stderr=True).print(f"[bold]fdiv:[/bold] {message}", highlight=False)
     sys.exit(code)
 

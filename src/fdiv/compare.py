@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 import fdiv
 from fdiv.recipe import Member, Recipe, load, members
-from fdiv.train import Run, slug, train_member, train_reference
+from fdiv.train import Run, train_member, train_reference
 
 News = tuple[str, int, int, float | None]  # run, step, steps, loss (None: before training)
 Tell = Callable[[News], None]
@@ -147,9 +147,6 @@ def describe(recipe: Recipe, folder: Path) -> None:
     head |= {"order": [m.label for m in members(recipe)]}
     (folder / "recipe.json").write_text(json.dumps(head | report, indent=1))
     (folder / "environment.json").write_text(json.dumps(environment(recipe), indent=1))
-    for seed in recipe.seeds:  # so that the report can name what is not finished
-        for label in [recipe.reference.label, *(m.label for m in members(recipe))]:
-            (folder / f"seed-{seed}" / slug(label)).mkdir(parents=True, exist_ok=True)
 
 
 def environment(recipe: Recipe) -> dict:

@@ -182,8 +182,8 @@ def locate(path: str | Path) -> tuple[str, str | None]:
         return text, None
     if not file.is_file():
         raise FileNotFoundError(f"no GGUF file at {text}")
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError('GGUF files need the package gguf: pip install "fdiv[demo]"')
+    if not (importlib.util.find_spec("gguf") and importlib.util.find_spec("accelerate")):
+        raise ImportError('GGUF files need the packages gguf and accelerate: pip install "fdiv[demo]"')
     return str(file.parent), file.name
 
 

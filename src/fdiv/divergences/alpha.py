@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fdiv._divergence import FDivergence
-from fdiv._math import bregman_exp, exp_difference
+from fdiv._math import bregman_exp
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,18 @@ class Alpha(FDivergence):
             return bregman_exp(log_p, log_q)
         if a == 1.0:
             return bregman_exp(log_q, log_p)
+        gap = log_p - log_q
         log_power = a * log_p + (1 - a) * log_q  # log p^a q^(1-a)
-        difference = exp_difference(log_p, log_q)
-        if a < 0.5:  # compare with the nearer of q and p: no digits are lost at either limit
-            return (exp_difference(log_power, log_q, a * (log_p - log_q)) / a - difference) / (a - 1)
-        return (exp_difference(log_power, log_p, (1 - a) * (log_q - log_p)) / (a - 1) - difference) / a
+        # log p, log q and log_power lie on a line: exp of the middle one is under the chord of the others,
+        # and the two tangents there, each >= 0, say by how much. No digits are lost near p = q or either KL.
+        if a > 1:
+            tangents = bregman_exp(log_power, log_p, (a - 1) * gap) / (a - 1)
+            return (tangents + bregman_exp(log_q, log_p, -gap)) / a
+        if a < 0:
+            tangents = bregman_exp(log_power, log_q, a * gap) / -a
+            return (tangents + bregman_exp(log_p, log_q, gap)) / (1 - a)
+        tangents = bregman_exp(log_p, log_power, (1 - a) * gap) / (1 - a)
+        return tangents + bregman_exp(log_q, log_power, -a * gap) / a
 
     @property
     def reverse(self) -> "Alpha":

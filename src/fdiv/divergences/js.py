@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fdiv._divergence import FDivergence
-from fdiv._math import bregman_exp, log_mixture
+from fdiv._math import mixture_gap
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class JS(FDivergence):
             )
 
     def perspective(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        log_m = log_mixture(log_p, log_q, self.beta)
-        return self.beta * bregman_exp(log_m, log_p) + (1 - self.beta) * bregman_exp(log_m, log_q)
+        return mixture_gap(log_p, log_q, self.beta)
 
     @property
     def reverse(self) -> "JS":

@@ -47,6 +47,7 @@ class Divergence(ABC):
 class FDivergence(Divergence):
     """D(p, q) = sum q f(p/q), f convex with f(1) = f'(1) = 0. A member writes `perspective`, no more.
 
+    Mass where the other side has none, under an f that forbids it, makes D +inf; its gradient is then 0.
     Source: Csiszar, "Information-type measures of difference of probability distributions" (1967).
     """
 
@@ -59,9 +60,15 @@ class FDivergence(Divergence):
 
     def __call__(self, log_p: Tensor, log_q: Tensor, dim: int = -1) -> Tensor:
         log_p, log_q = on_one_support(log_p, log_q, dim)
-        empty = (log_p == -math.inf) & (log_q == -math.inf)  # costs nothing, and g(1, 1) = 0
-        log_p, log_q = log_p.masked_fill(empty, 0.0), log_q.masked_fill(empty, 0.0)
-        return self.perspective(log_p, log_q).sum(dim)
+        no_p, no_q = log_p == -math.inf, log_q == -math.inf
+        none, some = log_p.new_full((), -math.inf), log_p.new_zeros(())
+        forbidden = (no_p & ~no_q & (self.perspective(none, some) == math.inf)) | (
+            no_q & ~no_p & (self.perspective(some, none) == math.inf)
+        )
+        forbidden = forbidden.any(dim, keepdim=True)
+        idle = (no_p & no_q) | forbidden  # both empty cost nothing: g(1, 1) = 0
+        log_p, log_q = log_p.masked_fill(idle, 0.0), log_q.masked_fill(idle, 0.0)
+        return self.perspective(log_p, log_q).sum(dim).masked_fill(forbidden.squeeze(dim), math.inf)
 
     # -- functions of the ratio u = p/q ---------------------------------------------------------------
 

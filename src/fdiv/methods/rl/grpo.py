@@ -74,7 +74,7 @@ class GRPO:
 
         `evidence`: what else `estimator.evidence` names, over [B, T].
         """
-        advantage = group_advantage(rewards).reshape(-1, 1)
+        advantage = group_advantage(rewards.detach()).reshape(-1, 1)
         if len(advantage) != len(log_policy):
             raise ValueError(f"{len(advantage)} rewards for {len(log_policy)} sequences; one each is needed")
         log_policy, log_behaviour = blank(log_policy, mask), blank(log_behaviour.detach(), mask)

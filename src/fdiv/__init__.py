@@ -37,7 +37,10 @@ from fdiv.divergences.wasserstein import Wasserstein1D as Wasserstein1D
 from fdiv.estimate._estimator import Estimator as Estimator
 from fdiv.estimate._estimator import Guarantee as Guarantee
 from fdiv.estimate.exact import Exact as Exact
+from fdiv.estimate._heads import Head as Head
+from fdiv.estimate.fused_atoms import FusedAtoms as FusedAtoms
 from fdiv.estimate.fused_linear import FusedLinear as FusedLinear
+from fdiv.estimate.fused_log_prob import FusedLogProb as FusedLogProb
 from fdiv.estimate.monte_carlo import MonteCarlo as MonteCarlo
 from fdiv.estimate.sampled_logits import SampledLogits as SampledLogits
 from fdiv.estimate.top_k import TopK as TopK

@@ -57,7 +57,8 @@ class TopK:
         log_p, log_q = on_one_support(log_p, log_q)
         if self.k >= log_p.shape[-1]:
             return Captured(divergence(log_p, log_q), log_p.exp().sum(-1), log_q.exp().sum(-1))
-        return self.atoms(divergence, *self._gather(log_p, log_q))
+        index, surplus = self.choose(log_p, log_q)
+        return self.chosen(divergence, log_p.gather(-1, index), log_q.gather(-1, index), surplus)
 
     @staticmethod
     def atoms(divergence: FDivergence, log_p: Tensor, log_q: Tensor) -> Captured:
@@ -68,19 +69,25 @@ class TopK:
         value = divergence(torch.cat([log_p, p_tail], -1), torch.cat([log_q, q_tail], -1))
         return Captured(value, p_mass, q_mass)
 
-    def _gather(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(the atoms [rows, k, or up to 2k for a union], which places hold none: None where all do)."""
         if self.support != "union":
-            index = (log_p if self.support == "teacher" else log_q).topk(self.k).indices
-            return log_p.gather(-1, index), log_q.gather(-1, index)
+            return (log_p if self.support == "teacher" else log_q).topk(self.k).indices, None
         chosen = torch.zeros_like(log_p, dtype=torch.bool)
         chosen.scatter_(-1, log_p.topk(self.k).indices, True)
         chosen.scatter_(-1, log_q.topk(self.k).indices, True)
-        # Rows differ in how many atoms the union has: the surplus places hold atoms not chosen, emptied.
+        # Rows differ in how many atoms the union has: the surplus places hold atoms not chosen.
         width = min(2 * self.k, log_p.shape[-1])
         first = chosen.byte().topk(width)
-        surplus, index = first.values == 0, first.indices
-        log_p, log_q = (t.gather(-1, index).masked_fill(surplus, -torch.inf) for t in (log_p, log_q))
-        return log_p, log_q
+        return first.indices, first.values == 0
+
+    def chosen(
+        self, divergence: FDivergence, log_p: Tensor, log_q: Tensor, surplus: Tensor | None
+    ) -> Captured:
+        """The same from log-probabilities at the atoms of `choose`."""
+        if surplus is not None:
+            log_p, log_q = (t.masked_fill(surplus, -torch.inf) for t in (log_p, log_q))
+        return self.atoms(divergence, log_p, log_q)
 
 
 def _tail(log_atoms: Tensor) -> tuple[Tensor, Tensor]:

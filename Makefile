@@ -11,14 +11,14 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips at work in one environment would break it
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-lm test bench docs check clean
+.PHONY: help demo demo-lm test bench conformance docs check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Models come from this machine alone, and at these sizes more than one thread a process only spins.
-demo demo-lm test: export HF_HUB_OFFLINE = 1
-demo test: export OMP_NUM_THREADS = 1
+demo demo-lm test bench conformance: export HF_HUB_OFFLINE = 1
+demo test bench conformance: export OMP_NUM_THREADS = 1
 demo demo-lm test bench docs: export MPLBACKEND = Agg
 
 demo: $(VENV)/.stamp-train ## distil, reinforce and prefer with several divergences, then compare: runs/demo
@@ -30,8 +30,11 @@ demo-lm: $(VENV)/.stamp-smollm2 ## distil a real 135M language model: runs/demo-
 test: $(VENV)/.stamp-test ## run the test suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q
 
-bench: $(VENV)/.stamp-train ## measure the fused linear estimator beside its peers
-	$(BIN)/python -m benchmarks.speed.fused_linear
+bench: $(VENV)/.stamp-peers ## measure speed, memory and accuracy beside the peers: benchmarks/speed/results
+	$(BIN)/python -m benchmarks.speed
+
+conformance: $(VENV)/.stamp-peers ## run the field's 51 mistakes on fdiv and its peers: conformance/matrix.csv
+	$(BIN)/python -m conformance
 
 docs: $(VENV)/.stamp-docs ## build the documentation: site/
 	$(BIN)/python docs/generate_divergences.py
@@ -53,6 +56,7 @@ $(VENV)/.stamp-train: EXTRAS := train
 $(VENV)/.stamp-demo:  EXTRAS := demo
 $(VENV)/.stamp-test:  EXTRAS := train,dev
 $(VENV)/.stamp-docs:  EXTRAS := docs
+$(VENV)/.stamp-peers: EXTRAS := peers
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fdiv needs Python 3.11 or newer; name one with make PYTHON=...")'
@@ -63,7 +67,7 @@ $(VENV)/.stamp-torch: constraints.txt | $(BIN)/python
 	$(INSTALL) torch
 	@touch $@
 
-$(VENV)/.stamp-train $(VENV)/.stamp-demo $(VENV)/.stamp-test $(VENV)/.stamp-docs: \
+$(VENV)/.stamp-train $(VENV)/.stamp-demo $(VENV)/.stamp-test $(VENV)/.stamp-docs $(VENV)/.stamp-peers: \
 		pyproject.toml constraints.txt $(VENV)/.stamp-torch
 	$(INSTALL) --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -65,16 +65,18 @@ class GRPO:
         *,
         log_policy: Tensor,
         log_behaviour: Tensor,
-        rewards: Tensor,
+        rewards: Tensor | None = None,
+        advantage: Tensor | None = None,
         mask: Tensor,
         count: Tensor | float | None = None,
         **evidence: Tensor,
     ) -> Out:
         """log_policy, log_behaviour, mask [B, T] of the sampled tokens; rewards [groups, B / groups].
 
+        advantage [B] in place of rewards: normalised elsewhere, where this batch has no whole groups.
         `evidence`: what else `estimator.evidence` names, over [B, T].
         """
-        advantage = group_advantage(rewards.detach()).reshape(-1, 1)
+        advantage, metrics = _advantage(rewards, advantage)
         if len(advantage) != len(log_policy):
             raise ValueError(f"{len(advantage)} rewards for {len(log_policy)} sequences; one each is needed")
         log_policy, log_behaviour = blank(log_policy, mask), blank(log_behaviour.detach(), mask)
@@ -82,7 +84,7 @@ class GRPO:
         clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
         gain = torch.minimum(ratio * advantage, clipped * advantage)
         loss = mean_over_tokens(-gain, mask, count)
-        metrics = {"reward": rewards.float().mean(), "ratio": mean_over_tokens(ratio, mask).detach()}
+        metrics["ratio"] = mean_over_tokens(ratio, mask).detach()
         if self.beta or evidence:
             tensors = self._evidence(evidence, log_behaviour, mask)
         if self.beta:
@@ -105,6 +107,16 @@ class GRPO:
             return own, value
         later = value.flip(-1).cumsum(-1).flip(-1) - value
         return own + later * (log_policy - log_policy.detach()), value
+
+
+def _advantage(rewards: Tensor | None, advantage: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """([B, 1], what there is to log of the rewards); neither is differentiated."""
+    if advantage is not None and rewards is None:
+        return advantage.detach().reshape(-1, 1), {}
+    if rewards is None or advantage is not None:
+        raise TypeError("GRPO takes either rewards [groups, B / groups] or advantage [B]")
+    rewards = rewards.detach()
+    return group_advantage(rewards).reshape(-1, 1), {"reward": rewards.float().mean()}
 
 
 def group_advantage(rewards: Tensor) -> Tensor:

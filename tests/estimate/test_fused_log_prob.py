@@ -99,3 +99,32 @@ def test_wrong_shapes_are_refused():
         FusedLogProb()(hidden[:, :2], weight, index)
     with pytest.raises(ValueError, match="rows >= 1"):
         FusedLogProb(chunk=0)
+
+
+def clipped_gain(log_prob, entropy, old, advantage):
+    ratio = (log_prob - old).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) - 0.01 * entropy
+
+
+@pytest.mark.parametrize("weights", [torch.ones(ROWS), torch.linspace(1, 2, ROWS)], ids=["sum", "weighted"])
+def test_a_loss_of_rows_has_the_gradient_of_its_formula(weights):
+    hidden, weight, index = problem()
+    log_prob, entropy = exact(hidden @ weight.T, index)
+    old, advantage = log_prob.detach() + 0.1, torch.linspace(-1, 1, ROWS, dtype=torch.float64)
+    full = clipped_gain(log_prob, entropy, old, advantage)
+    fused = FusedLogProb(chunk=4).loss(clipped_gain, hidden, weight, index, old, advantage)
+    close(fused, full)
+    ours, theirs = (gradient(weights.double() @ loss, hidden, weight) for loss in (fused, full))
+    close(ours, theirs)
+
+
+def test_a_loss_of_rows_may_ignore_the_entropy_and_skips_masked_rows():
+    hidden, weight, index = problem()
+    mask = torch.arange(ROWS) % 3 != 0
+    full = -exact(hidden[mask] @ weight.T, index[mask])[0] * index[mask]
+    fused = FusedLogProb().loss(lambda log_prob, _, k: -log_prob * k, hidden, weight, index, index, mask=mask)
+    close(fused[mask], full)
+    assert not fused[~mask].any()
+    close(gradient(fused.sum(), hidden, weight), gradient(full.sum(), hidden, weight))
+    with pytest.raises(ValueError, match="gets no gradient"):
+        FusedLogProb().loss(clipped_gain, hidden, weight, index, hidden[:, 0], hidden[:, 0])

@@ -115,7 +115,7 @@ class Projection:
         return (gradient @ self.weight).to(self.hidden.dtype)
 
     def weight_gradient(self, gradient: Tensor, rows: slice, total: Tensor | None) -> Tensor:
-        """total + gradient' hidden [vocab, width] in the logits' precision; `total` is used up."""
+        """total + gradient' hidden [vocab, width]; `total` is used up. Summed in the logits' precision."""
         hidden = self.hidden[rows].to(self.narrow)
         if self.narrow == self.dtype and total is not None:
             return total.addmm_(gradient.T, hidden)
@@ -123,7 +123,8 @@ class Projection:
             product = torch.mm(gradient.T, hidden, out_dtype=self.dtype)
         else:
             product = gradient.T @ hidden
-        return product.to(self.dtype) if total is None else total.add_(product)
+        # The product of one chunk alone needs no sum, nor the pages of a wider tensor.
+        return product if total is None else total.to(self.dtype).add_(product)
 
     def _product(self, hidden: Tensor, out: Tensor) -> Tensor:
         if self.on_cuda and self.narrow != self.dtype:

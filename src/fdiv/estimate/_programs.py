@@ -10,7 +10,7 @@ from fdiv._divergence import FDivergence
 from fdiv.estimate._stream import Chunk
 from fdiv.estimate.sampled_logits import SampledLogits
 from fdiv.estimate.top_k import TopK
-from fdiv.kernels.log_prob import log_prob_and_entropy, log_prob_slope
+from fdiv.kernels.log_prob import log_prob, log_prob_slope, moments, push_down
 from fdiv.kernels.rows import Wants, normaliser, rows
 
 
@@ -95,8 +95,16 @@ class Atoms:
 
     outputs = 1
 
-    def __init__(self, divergence: FDivergence, of: TopK | SampledLogits, index: Tensor, *evidence: Tensor):
-        self.divergence, self.of, self.index, self.evidence = divergence, of, index, evidence
+    def __init__(
+        self,
+        divergence: FDivergence,
+        of: TopK | SampledLogits,
+        compiled: bool,
+        index: Tensor,
+        *evidence: Tensor,
+    ):
+        self.divergence, self.of, self.compiled = divergence, of, compiled
+        self.index, self.evidence = index, evidence
 
     def __call__(
         self,
@@ -107,11 +115,13 @@ class Atoms:
     ) -> Chunk:
         (z,) = logits
         index, evidence = self.index[chunk], [t[chunk] for t in self.evidence]
-        lse = normaliser(z).to(z.dtype)
-        values, (slope,) = _of_atoms(self._values, [z.gather(-1, index) - lse], evidence, wants, upstream)
+        found = moments(z, self.compiled)
+        atoms = z.gather(-1, index) - found.lse.to(z.dtype).unsqueeze(-1)
+        values, (slope,) = _of_atoms(self._values, [atoms], evidence, wants, upstream)
         if slope is None:
             return Chunk(values, (None,))
-        return Chunk(values, (_spread(slope, index, (z - lse).exp_()),))
+        push_down(z, found, slope.sum(-1), torch.zeros_like(z[:, 0]), self.compiled)
+        return Chunk(values, (z.scatter_add_(-1, index, slope),))
 
     def _values(self, log_q: Tensor, log_p: Tensor, *log_weight: Tensor) -> tuple[Tensor, ...]:
         if isinstance(self.of, SampledLogits):
@@ -135,11 +145,43 @@ class LogProb:
         upstream: tuple[Tensor, ...] | None,
     ) -> Chunk:
         (z,), index = logits, self.index[chunk]
+        found = moments(z, self.compiled, self.group)
         if upstream is None:
-            return Chunk(log_prob_and_entropy(z, index, self.compiled, self.group), (None,))
-        of_log_prob, of_entropy = upstream
-        slope = log_prob_slope(z, index, of_log_prob, of_entropy, self.compiled, self.group)
+            chosen = log_prob(z, index, found.lse, self.group)
+            return Chunk((chosen, found.entropy.to(z.dtype)), (None,))
+        slope = log_prob_slope(z, index, found, upstream, self.compiled, self.group)
         return Chunk((), (slope,))
+
+
+class RowLoss:
+    """A function of the log-probability and the entropy of each row, of a model's logits."""
+
+    outputs = 1
+
+    def __init__(self, function, evidence: tuple[Tensor, ...], log_probs: LogProb):
+        self.function, self.evidence, self.log_probs = function, evidence, log_probs
+
+    def __call__(
+        self,
+        logits: Sequence[Tensor],
+        chunk: slice,
+        wants: Sequence[bool],
+        upstream: tuple[Tensor, ...] | None,
+    ) -> Chunk:
+        (z,), given = logits, self.log_probs
+        index, group = given.index[chunk], given.group
+        found = moments(z, given.compiled, group)
+        seen = [log_prob(z, index, found.lse, group), found.entropy.to(z.dtype)]
+        evidence = [t[chunk] for t in self.evidence]
+        with torch.enable_grad():
+            seen = [t.requires_grad_() for t in seen]
+            loss = self.function(*seen, *evidence)
+            weights = torch.ones_like(loss) if upstream is None else upstream[0].to(loss.dtype)
+            slopes = torch.autograd.grad(loss, seen, weights, allow_unused=True, materialize_grads=True)
+        if not any(wants):
+            return Chunk((loss.detach(),), (None,))
+        slope = log_prob_slope(z, index, found, slopes, given.compiled, group)
+        return Chunk((loss.detach(),), (slope,))
 
 
 def _of_atoms(function, atoms: list[Tensor], others, wants: Sequence[bool], upstream):

@@ -13,6 +13,7 @@ from fdiv.estimate._programs import Atoms
 from fdiv.estimate._stream import stream
 from fdiv.estimate.sampled_logits import SampledLogits
 from fdiv.estimate.top_k import Captured, TopK
+from fdiv.kernels.worth import is_worth_compiling
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class FusedAtoms:
     Shapes: index [rows, k] of token numbers, log_p [rows, k] the teacher's log-probabilities there (-inf in a
     place that holds no atom), log_weight [rows, n] with SampledLogits alone, q_hidden [rows, Q], q_weight
     [vocab, Q] or a `Head` -> [rows]. One product forward and two for the gradients, whatever the divergence.
+    chunk, compiled: as in FusedLinear.
     """
 
     sees: ClassVar[Sees] = "heads"
 
     of: TopK | SampledLogits
     chunk: int | None = None
+    compiled: bool | None = None
 
     def __post_init__(self):
         if not isinstance(self.of, TopK | SampledLogits):
@@ -74,7 +77,9 @@ class FusedAtoms:
         rows, kept = len(hidden), kept_rows(mask, len(hidden))
         if kept is not None:
             stored, hidden = [t[kept] for t in stored], hidden[kept]
-        values = stream(Atoms(divergence, self.of, *stored), [(hidden, head)], chunk=self.chunk)
+        compiled = is_worth_compiling(self.compiled, len(hidden) * len(head.weight))
+        program = Atoms(divergence, self.of, compiled, *stored)
+        values = stream(program, [(hidden, head)], chunk=self.chunk)
         return [among_zeros(value, kept, rows) for value in values]
 
 

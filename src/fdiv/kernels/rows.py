@@ -9,6 +9,7 @@ slopes; gradient. Where the models agree every slope, and so the gradient, is ex
 A row whose value is +inf has no gradient; it is given 0, and the value says so.
 """
 
+import importlib.util
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -19,9 +20,7 @@ from torch import Tensor
 
 from fdiv._divergence import FDivergence
 from fdiv.kernels.cell import cell
-
-# Logits at a time: what is made of them on the way stays in cache and is freed into it.
-COMPILED_BLOCK, EAGER_BLOCK = 1 << 19, 1 << 17
+from fdiv.kernels.worth import blocks
 
 
 class Wants(NamedTuple):
@@ -59,17 +58,25 @@ def rows(
     upstream = q_logits.new_ones(len(q_logits)) if upstream is None else upstream.to(q_logits.dtype)
     if group is not None:
         return _sharded(divergence, p_logits, q_logits, wants, upstream, group)
+    if compiled and q_logits.is_cuda and _has_triton():
+        from fdiv.kernels import triton_rows
+
+        if triton_rows.available(divergence, q_logits.device):
+            done = triton_rows.rows(divergence, p_logits, q_logits, wants=wants[:2], upstream=upstream)
+            return Rows(*done) if wants.entropies else Rows(*done[:3], None, None)
     if compiled:
-        step, size = _compiled(divergence, q_logits.dtype, wants), COMPILED_BLOCK
+        step = _compiled(divergence, q_logits.dtype, wants)
     else:
-        step, size = partial(_step, partial(_cells, divergence, wants), wants), EAGER_BLOCK
-    block = max(1, size // max(1, q_logits.shape[-1]))
-    parts = []
-    for p, q, weight in zip(*(t.split(block) for t in (p_logits, q_logits, upstream)), strict=True):
-        parts.append(step(p, q, weight))
+        step = partial(_step, partial(_cells, divergence, wants), wants)
+    parts = [step(*block) for block in blocks(compiled, p_logits, q_logits, upstream)]
     values, *entropies = zip(*parts, strict=True)
     slopes = (z if want else None for z, want in zip((p_logits, q_logits), wants[:2], strict=True))
     return Rows(torch.cat(values), *slopes, *(torch.cat(h) if wants.entropies else None for h in entropies))
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @lru_cache(maxsize=256)

@@ -40,7 +40,7 @@ EXPORTS = {
     "Guarantee": "bias, bound, support",
     "Exact": "",
     "Head": None,
-    "FusedAtoms": "of, chunk=None",
+    "FusedAtoms": "of, chunk=None, compiled=None",
     "FusedLinear": "chunk=None, of, gradient='forward', compiled=None",
     "FusedLogProb": "chunk=None, compiled=None",
     "MonteCarlo": "samples='q', gradient='score'",
@@ -54,6 +54,7 @@ EXPORTS = {
     "FDPO": "divergence, beta=0.1, loss='sigmoid', label_smoothing=0.0",
     "GRPO": "divergence, estimator, beta=0.04, clip=0.2, future=True",
     "parse": None,
+    "f_softargmax": None,
 }
 
 # From left to right of the import direction; a module may import its own layer and those before it.

@@ -36,8 +36,8 @@ from fdiv.divergences.wasserstein import Sliced as Sliced
 from fdiv.divergences.wasserstein import Wasserstein1D as Wasserstein1D
 from fdiv.estimate._estimator import Estimator as Estimator
 from fdiv.estimate._estimator import Guarantee as Guarantee
-from fdiv.estimate.exact import Exact as Exact
 from fdiv.estimate._heads import Head as Head
+from fdiv.estimate.exact import Exact as Exact
 from fdiv.estimate.fused_atoms import FusedAtoms as FusedAtoms
 from fdiv.estimate.fused_linear import FusedLinear as FusedLinear
 from fdiv.estimate.fused_log_prob import FusedLogProb as FusedLogProb
@@ -52,5 +52,6 @@ from fdiv.methods.distill.sft import SFT as SFT
 from fdiv.methods.prefer.fdpo import FDPO as FDPO
 from fdiv.methods.rl.grpo import GRPO as GRPO
 from fdiv.notation import parse as parse
+from fdiv.operators.softargmax import f_softargmax as f_softargmax
 
 __version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""What a divergence induces: the maps from scores to distributions."""

@@ -33,8 +33,8 @@ def head_of(model: Any) -> Head:
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     if not isinstance(layer, torch.nn.Linear):
         raise ValueError(
-            f"the head of {type(model).__name__} is a {type(layer).__name__}, and only that of a plain Linear "
-            "is read: leave the head out of target_modules and of quantisation"
+            f"the head of {type(model).__name__} is a {type(layer).__name__}, and only that of a plain "
+            "Linear is read: leave the head out of target_modules and of quantisation"
         )
     if getattr(config, "output_multiplier", None) not in (None, 1.0):
         raise ValueError(

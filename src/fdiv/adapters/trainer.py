@@ -12,9 +12,7 @@ from torch import Tensor
 try:
     import transformers
 except ImportError as error:
-    raise ImportError(
-        'fdiv.adapters.trainer needs transformers: pip install "fdiv[trainer]"'
-    ) from error
+    raise ImportError('fdiv.adapters.trainer needs transformers: pip install "fdiv[trainer]"') from error
 
 from fdiv.adapters._evidence import as_forward, batch_evidence, check_models, sums_over
 from fdiv.adapters._options import refuse_options, require_method, require_teacher

@@ -45,6 +45,7 @@ def ours_from_logits(
     divergence: FDivergence, z_p: Tensor, z_q: Tensor, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Value a row and its gradient in z_q, from logits [rows, vocab]: what FusedLinear does of a chunk."""
+    z_p, z_q = z_p.clone(), z_q.clone()  # which are used up
     done = rows(divergence, z_p, z_q, Wants(q_slope=True), compiled=compiled)
     assert done.q_slope is not None  # wanted
     return done.value, done.q_slope

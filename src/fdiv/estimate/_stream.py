@@ -81,8 +81,8 @@ def chunk_rows(models: Sequence[tuple[Tensor, Head]]) -> int:
     size = 8 if hidden.dtype == torch.float64 else 4
     per_row = size * len(models) * max(1, len(head.weight))
     budget = CUDA_BYTES if hidden.is_cuda else CPU_BYTES
-    # At least 64: each chunk reads and writes the whole gradient of the head.
-    return max(64, budget // per_row // 32 * 32)
+    # At least 128: each chunk reads and writes the whole gradient of the head.
+    return max(128, budget // per_row // 32 * 32)
 
 
 class _Stream(torch.autograd.Function):

@@ -14,8 +14,14 @@ PEERS = ("TRL ChunkedDivergence", "TRL GKD loss", "Liger JSD", "Liger JSD compil
 def draw(records: list[Record], folder: Path, machine: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for kind, picture in (("speed", _times), ("speed-memory", _memory)):
+        if kind == "speed-memory" and not has_memory(records):
+            continue
         name = f"{kind}-{machine}"
         (folder / f"{name}.svg").write_text(picture(records, name), encoding="utf-8")
+
+
+def has_memory(records: list[Record]) -> bool:
+    return any(r["rows"] == "B7" and r["peak_mb"] for r in records)
 
 
 def _times(records: list[Record], name: str) -> str:

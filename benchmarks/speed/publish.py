@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.speed.machine import PACKAGES, ROOT
-from benchmarks.speed.plot import draw
+from benchmarks.speed.plot import draw, has_memory
 from benchmarks.speed.table import Record, read
 
 RESULTS = ROOT / "benchmarks" / "speed" / "results"
@@ -31,13 +31,20 @@ def _section(records: list[Record], name: str) -> str:
     judged = [line for r in records for line in _judged(r)]
     met, not_met = (sum(verdict == v for *_, verdict in judged) for v in ("met", "not met"))
     body = "\n".join("| " + " | ".join(line) + " |" for line in judged)
+    memory = f"![Peak memory against tokens](img/speed-memory-{name}.svg)\n\n" if has_memory(records) else ""
     return (
         f"### {last['cpu']}\n\n{last['threads']} thread, medians of {last['rounds']} rounds, {last['date']}, "
         f"commit {commits}. {versions}.\n\n"
         f"![CPU time of the peers over that of fdiv](img/speed-{name}.svg)\n\n"
-        f"![Peak memory against tokens](img/speed-memory-{name}.svg)\n\n"
+        f"{memory}{_missing(records)}"
         f"Of {len(judged)} targets {met} are met and {not_met} are not.\n\n{HEADER}{body}"
     )
+
+
+def _missing(records: list[Record]) -> str:
+    measured = {row for r in records for row in r["rows"].split("-")}
+    missing = [row for row in ("B7", "B8", "B9", *(f"B{n}" for n in range(10, 19))) if row not in measured]
+    return f"Not measured on this machine yet: {', '.join(missing)}.\n\n" if missing else ""
 
 
 def _judged(record: Record) -> list[tuple[str, ...]]:

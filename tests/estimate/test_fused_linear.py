@@ -313,7 +313,9 @@ def test_one_row_and_one_column():
 
 
 @each_divergence
-@pytest.mark.parametrize("of", [TopK(7), TopK(7, "student"), TopK(7, "union"), TopK(VOCAB)], ids=repr)
+@pytest.mark.parametrize(
+    "of", [TopK(7), TopK(7, "student"), TopK(7, "union"), TopK(VOCAB), TopK(VOCAB + 9)], ids=repr
+)
 def test_top_k_of_streamed_logits_is_top_k(divergence, of):
     tensors = heads()
     log_p = (tensors[0] @ tensors[1].T).log_softmax(-1)

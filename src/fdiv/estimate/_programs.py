@@ -60,6 +60,7 @@ class Truncated:
 
     def __init__(self, divergence: FDivergence, of: TopK | SampledLogits):
         self.divergence, self.of = divergence, of
+        self.everything = False  # whether all atoms are chosen
         self.choices: dict[int, tuple] = {}  # of each chunk: a second pass meets the same atoms
 
     def __call__(
@@ -70,6 +71,7 @@ class Truncated:
         upstream: tuple[Tensor, ...] | None,
     ) -> Chunk:
         p_log_density, q_log_density = (z - normaliser(z).to(z.dtype) for z in logits)
+        self.everything = isinstance(self.of, TopK) and self.of.k >= logits[0].shape[-1]
         if chunk.start not in self.choices:
             self.choices[chunk.start] = self._choose(p_log_density, q_log_density)
         index, *others = self.choices[chunk.start]
@@ -87,6 +89,8 @@ class Truncated:
     def _values(self, log_p: Tensor, log_q: Tensor, log_weight_or_surplus: Tensor) -> tuple[Tensor, ...]:
         if isinstance(self.of, SampledLogits):
             return (self.of.atoms(self.divergence, log_p, log_q, log_weight_or_surplus),)
+        if self.everything:  # the order of the atoms does not matter, and there is no tail
+            return self.of.captured(self.divergence, log_p, log_q)
         return self.of.chosen(self.divergence, log_p, log_q, log_weight_or_surplus)
 
 

@@ -71,11 +71,12 @@ class TopK:
 
     def choose(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor | None]:
         """(the atoms [rows, k, or up to 2k for a union], which places hold none: None where all do)."""
+        k = min(self.k, log_p.shape[-1])
         if self.support != "union":
-            return (log_p if self.support == "teacher" else log_q).topk(self.k).indices, None
+            return (log_p if self.support == "teacher" else log_q).topk(k).indices, None
         chosen = torch.zeros_like(log_p, dtype=torch.bool)
-        chosen.scatter_(-1, log_p.topk(self.k).indices, True)
-        chosen.scatter_(-1, log_q.topk(self.k).indices, True)
+        chosen.scatter_(-1, log_p.topk(k).indices, True)
+        chosen.scatter_(-1, log_q.topk(k).indices, True)
         # Rows differ in how many atoms the union has: the surplus places hold atoms not chosen.
         width = min(2 * self.k, log_p.shape[-1])
         first = chosen.byte().topk(width)

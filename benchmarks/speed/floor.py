@@ -28,6 +28,21 @@ def bare_products(given: Heads) -> Outcome:
     return Outcome(logits.new_zeros(()), (hidden_gradient,))
 
 
+@torch.no_grad()
+def student_products(given: Heads) -> Outcome:
+    """The student's projection and both gradients: what there is to do where no teacher runs."""
+    chunk = min(len(given.q_hidden), chunk_rows(_models(given)[1:]))
+    logits = given.q_hidden.new_empty(chunk, len(given.q_weight))
+    hidden_gradient = torch.empty_like(given.q_hidden)
+    weight_gradient = torch.zeros_like(given.q_weight)
+    for start in range(0, len(given.q_hidden), chunk):
+        rows = slice(start, start + chunk)
+        q = given.q_hidden[rows]
+        torch.mm(q, given.q_weight.T, out=logits[: len(q)])
+        _gradients(logits[: len(q)], q, given.q_weight, hidden_gradient[rows], weight_gradient)
+    return Outcome(logits.new_zeros(()), (hidden_gradient,))
+
+
 def _models(given: Heads) -> list[tuple[Tensor, Head]]:
     return [(given.p_hidden, Head(given.p_weight)), (given.q_hidden, Head(given.q_weight))]
 

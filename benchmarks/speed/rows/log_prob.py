@@ -7,6 +7,7 @@ from torch import Tensor
 
 from benchmarks.speed import ours
 from benchmarks.speed.case import Candidate, Case, Outcome, Target
+from benchmarks.speed.floor import student_products
 from benchmarks.speed.heads import ROWS_AT_ONCE, TINY, Heads, Shape, heads
 from benchmarks.speed.peers import peer
 
@@ -36,8 +37,10 @@ def cases(quick: bool) -> Iterator[Case]:
                 targets=(Target("B12", "time", at_least=1.7),),
             ),
             Candidate("torch log_softmax + gather", peer("torch_composites", "gathered_log_prob", *work)),
+            Candidate("bare products", lambda: student_products(given)),
         ),
         reference=lambda: _exact(*work),
+        floor="bare products",
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benchmarks.speed import ours
 from benchmarks.speed.case import Candidate, Case, Outcome, Target
+from benchmarks.speed.floor import student_products
 from benchmarks.speed.heads import ROWS_AT_ONCE, TINY, Heads, Shape, heads
 from benchmarks.speed.peers import peer
 from fdiv import JS, KL, FDivergence, TopK
@@ -34,8 +35,10 @@ def cases(quick: bool) -> Iterator[Case]:
                         Target("B13", "memory", at_least=3.5),
                     ),
                 ),
+                Candidate("bare products", lambda: student_products(given)),
             ),
             reference=partial(_exact, divergence, index, log_p, given),
+            floor="bare products",
         )
 
 

@@ -19,6 +19,7 @@ from fdiv.divergences.kl import KL
 from fdiv.estimate._estimator import Estimator
 from fdiv.estimate.exact import Exact
 from fdiv.methods._method import Consumes, Out, check_mask, mean_over_tokens, named
+from fdiv.methods.distill._rows import HEADS
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class GKD:
             tensors = [
                 # A head has no rows of tokens. Rows go before the estimator sees them, which saves their
                 # work and keeps their infinities out of the gradient.
-                t if name.endswith("_weight") else _select(t, mask)
+                t if name in HEADS else _select(t, mask)
                 for name, t in zip(self.estimator.evidence, tensors, strict=True)
             ]
         return Out(mean_over_tokens(self.estimator(self.divergence, *tensors), count=count), {})

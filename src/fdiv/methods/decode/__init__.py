@@ -1,0 +1,1 @@
+"""Writing text with a model, or with a quick one that a good one corrects."""

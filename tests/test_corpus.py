@@ -21,8 +21,11 @@ from transformers import (
 from fdiv import GKD, JS, KL, FusedLinear
 from fdiv.adapters.transformers import CausalLM, keep_layers
 from fdiv.compare import compare
-from fdiv.feeds import Responses, kept
+from fdiv.feeds.responses import Responses
+from fdiv.feeds.signals import kept
+from fdiv.parallel import World
 from fdiv.recipe import ModelSpec, TrainSpec, load, measures, members
+from fdiv.sample._sampler import Decoding
 from fdiv.tasks.sources import documents
 from fdiv.tasks.text import Corpus, separate, split
 
@@ -62,7 +65,7 @@ def texts(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def task(texts) -> Corpus:
-    return Corpus(str(texts), block=8, held_out=0.2, prompts=6)
+    return Corpus(str(texts), block=8, held_out=0.2, continuations=6)
 
 
 def opened(task: Corpus, teacher: Path, **spec) -> CausalLM:
@@ -148,6 +151,16 @@ def test_rollouts_continue_training_blocks(task, teacher):
     assert torch.isin(text.ids, model.vocabulary).all()
 
 
+def test_beginnings_of_blocks_are_prompts_and_each_is_continued_by_its_own_draws(task, teacher):
+    model = opened(task, teacher)
+    prompts = task.prompts(5, torch.Generator().manual_seed(0))  # in the tokens of the model opened last
+    assert all(row in split(task, model.tokenizer).train[:, :2].tolist() for row in prompts.ids.tolist())
+    draws = torch.rand(5, task.answer_length, dtype=torch.float64)
+    text = task.answer(model, prompts, draws, Decoding())
+    alone = task.answer(model, prompts.rows(slice(3, 4)), draws[3:4], Decoding())
+    assert alone.ids[0].equal(text.ids[3]) and alone.mask[0].tolist() == [False] * 2 + [True] * 6
+
+
 # -- the models -------------------------------------------------------------------------------------------
 
 
@@ -226,40 +239,41 @@ def test_a_package_that_is_not_installed_is_named_with_its_install_line():
 # -- the teacher's signal ---------------------------------------------------------------------------------
 
 
-def feed_of(task, reference, cache):
+def signal_of(task, reference, cache):
     method = GKD(divergence=KL(), estimator=FusedLinear())
-    return Responses(method, task, reference, TrainSpec(examples=20), 0, "cpu", cache=cache)
+    feed = Responses(method, task, reference, TrainSpec(examples=20), 0, World(), cache=cache)
+    return feed.signals.stored["p_hidden"]
 
 
 def test_cached_hidden_states_are_the_fresh_ones(task, teacher, tmp_path, monkeypatch):
     reference = opened(task, teacher)
-    fresh = feed_of(task, reference, None).signal
-    first = feed_of(task, reference, tmp_path).signal
+    fresh = signal_of(task, reference, None)
+    first = signal_of(task, reference, tmp_path)
     monkeypatch.setattr(CausalLM, "hidden", None)  # from now on nothing can be computed
-    again = feed_of(task, reference, tmp_path).signal
+    again = signal_of(task, reference, tmp_path)
     assert first.equal(fresh) and again.equal(fresh)
     assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]
 
 
 def test_the_cache_of_another_model_or_text_is_not_used(task, teacher, tmp_path):
     reference = opened(task, teacher)
-    feed_of(task, reference, tmp_path)
+    signal_of(task, reference, tmp_path)
     with torch.no_grad():
         reference.model.model.norm.weight[0] += 1
-    other = feed_of(task, reference, tmp_path).signal
-    assert other.equal(feed_of(task, reference, None).signal)
+    other = signal_of(task, reference, tmp_path)
+    assert other.equal(signal_of(task, reference, None))
     shorter = Corpus(task.source, block=9, held_out=0.2)
-    assert feed_of(shorter, reference, tmp_path).signal.shape[1] == 8
+    assert len(signal_of(shorter, reference, tmp_path)) % 8 == 0
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_damaged_cache_is_made_again(tmp_path):
     file = tmp_path / "part.safetensors"
     rows = torch.arange(6.0).reshape(2, 3)
-    kept(file, lambda: rows)
+    kept(file, lambda: {"rows": rows})
     file.write_bytes(file.read_bytes()[:-5])
-    assert kept(file, lambda: rows + 1).equal(rows + 1)
-    assert kept(file, lambda: rows).equal(rows + 1)
+    assert kept(file, lambda: {"rows": rows + 1})["rows"].equal(rows + 1)
+    assert kept(file, lambda: {"rows": rows})["rows"].equal(rows + 1)
 
 
 # -- training and measurement -----------------------------------------------------------------------------
@@ -281,7 +295,7 @@ def test_the_evaluation_says_what_the_report_reads(task, teacher):
 
 
 def test_evaluation_in_parts_is_the_mean_over_all_held_out_tokens(task, teacher, monkeypatch):
-    monkeypatch.setattr("fdiv.tasks.text.ROWS", 16)
+    monkeypatch.setattr("fdiv.tasks.measurement.ROWS", 16)
     reference, student = opened(task, teacher), opened(task, teacher, keep_layers=[0, 3])
     result = task.evaluate(student, reference, MEASURES, seed=0)
     ids = split(task, reference.tokenizer).held_out
@@ -313,7 +327,7 @@ def test_the_shipped_recipe_claims_and_shows_what_is_measured(task, teacher):
 def recipe(texts: Path, teacher: Path, folder: Path) -> Path:
     text = f"""
 name: tiny
-task: Corpus("{texts}", block=8, held_out=0.2, prompts=6)
+task: Corpus("{texts}", block=8, held_out=0.2, continuations=6)
 reference: {{model: {{path: "{teacher}"}}}}
 student: {{keep_layers: [0, 3]}}
 method: GKD(estimator=FusedLinear())

@@ -7,9 +7,10 @@ import torch
 
 from fdiv import KL, ReverseKL
 from fdiv.adapters.transformers import CausalLM
+from fdiv.sample._sampler import Decoding
 from fdiv.tasks.grammar import Grammar, _draw
 
-TASK = Grammar(symbols=5, successors=2, length=3, prompts=9, trained_on=6)
+TASK = Grammar(symbols=5, successors=2, length=3, questions=9, trained_on=6)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def test_the_truth_sums_to_one_over_its_valid_answers():
 
 
 def test_prompts_are_different_pairs():
-    assert len(TASK.prompt_ids().unique(dim=0)) == TASK.prompts
+    assert len(TASK.prompt_ids().unique(dim=0)) == TASK.questions
 
 
 def test_the_verifier_accepts_exactly_the_answers_of_positive_probability():
@@ -100,7 +101,40 @@ def test_a_model_is_at_distance_zero_from_itself(model):
 def test_impossible_settings_are_refused_with_what_is_allowed():
     with pytest.raises(ValueError, match="successors <= symbols"):
         Grammar(symbols=3, successors=4)
-    with pytest.raises(ValueError, match="trained_on <= prompts"):
-        Grammar(prompts=10, trained_on=11)
+    with pytest.raises(ValueError, match="trained_on <= questions"):
+        Grammar(questions=10, trained_on=11)
     with pytest.raises(ValueError, match="'truth' and 'noisy'"):
         TASK.data("clean", 1, generator())
+
+
+# -- prompts and answers ------------------------------------------------------------------------------------
+
+
+def test_each_answer_is_made_of_its_own_draws(model):
+    prompts = TASK.prompts(50, generator())
+    assert torch.isin(prompts.ids[:, 1] * 9 + prompts.ids[:, 2], pairs_of(TASK.prompt_ids()[:6])).all()
+    draws = torch.rand(50, TASK.answer_length, generator=generator(1), dtype=torch.float64)
+    text = TASK.answer(model, prompts, draws, Decoding(0.8, top_k=3))
+    some = torch.tensor([7, 31, 2])
+    part = TASK.answer(model, prompts.rows(some), draws[some], Decoding(0.8, top_k=3))
+    assert part.ids.equal(text.ids[some])
+    assert text.ids[:, :3].equal(prompts.ids) and text.mask.sum(1).tolist() == [3] * 50
+
+
+def pairs_of(prompts):
+    return prompts[:, 1] * 9 + prompts[:, 2]
+
+
+def test_rollouts_answer_each_prompt_of_training_several_times(model):
+    text = TASK.rollouts(model, 4, 5, generator())
+    assert all(len(group[:, :3].unique(dim=0)) == 1 for group in text.ids.split(5))
+    assert len(text.ids.unique(dim=0)) > 8
+
+
+def test_a_privileged_teacher_is_shown_a_right_answer_to_the_same_prompt(model):
+    text = TASK.answer(model, TASK.prompts(20, generator()), torch.rand(20, 3), Decoding())
+    richer, shown = TASK.privileged(text)
+    assert shown.all()
+    assert TASK.verify(richer.ids[:, :6]).all()
+    assert richer.ids[:, :3].equal(richer.ids[:, 6:9])
+    assert richer.ids[richer.mask].equal(text.ids[text.mask]) and richer.mask.sum(1).tolist() == [3] * 20

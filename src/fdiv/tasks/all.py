@@ -1,4 +1,5 @@
 """The tasks that a recipe can name."""
 
 from fdiv.tasks.grammar import Grammar as Grammar
+from fdiv.tasks.instructions import Instructions as Instructions
 from fdiv.tasks.text import Corpus as Corpus

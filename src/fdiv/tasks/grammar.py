@@ -21,7 +21,9 @@ from fdiv.divergences.tv import TV
 from fdiv.evaluate.calibration import ece_null, expected_calibration_error, reliability
 from fdiv.evaluate.diversity import coverage_at_k, effective_number
 from fdiv.evaluate.pass_at_k import exact_pass_at_k
+from fdiv.sample._sampler import Decoding
 from fdiv.tasks._task import Pairs, Text
+from fdiv.tasks.prompting import rollouts
 
 BOS = 0
 PROMPT = 3  # BOS and two symbols
@@ -31,7 +33,7 @@ DRAWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class Grammar:
-    """The task: `prompts` pairs of symbols, of which the first `trained_on` are seen in training.
+    """The task: `questions` pairs of symbols, of which the first `trained_on` are prompts of training.
 
     noise: the fraction of random answers in the data of kind "noisy", from which weak policies are made.
     table: the seed of the grammar itself.
@@ -40,7 +42,7 @@ class Grammar:
     symbols: int = 12
     successors: int = 4
     length: int = 3
-    prompts: int = 64
+    questions: int = 64
     trained_on: int = 64
     noise: float = 0.4
     table: int = 0
@@ -50,9 +52,9 @@ class Grammar:
             raise ValueError(
                 f"2 <= successors <= symbols <= {len(LETTERS)}, got {self.successors}, {self.symbols}"
             )
-        if not 1 <= self.trained_on <= self.prompts <= self.symbols**2:
+        if not 1 <= self.trained_on <= self.questions <= self.symbols**2:
             raise ValueError(
-                f"1 <= trained_on <= prompts <= symbols^2, got {self.trained_on}, {self.prompts}"
+                f"1 <= trained_on <= questions <= symbols^2, got {self.trained_on}, {self.questions}"
             )
 
     # -- the truth --------------------------------------------------------------------------------------
@@ -76,7 +78,7 @@ class Grammar:
         return _tables(self)[0]
 
     def prompt_ids(self) -> Tensor:
-        """[prompts, 3]"""
+        """[questions, 3]"""
         return _tables(self)[1]
 
     def answers(self) -> Tensor:
@@ -94,7 +96,7 @@ class Grammar:
             first, second = second.expand_as(symbol), symbol
         return log_p
 
-    def verify(self, ids: Tensor) -> Tensor:
+    def verify(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Whether each sequence [N, 3 + length] ends in a valid answer, as float [N]."""
         symbols = ids[:, 1:] - 1
         legal = (symbols >= 0).all(1)
@@ -110,7 +112,7 @@ class Grammar:
         """`count` prompts with answers drawn from the truth ("truth"), some of them random ("noisy")."""
         if kind not in ("truth", "noisy"):
             raise ValueError(f"Grammar has data 'truth' and 'noisy', got {kind!r}")
-        prompt = torch.randint(self.prompts, (count,), generator=generator)
+        prompt = torch.randint(self.questions, (count,), generator=generator)
         answer = _draw(self.log_truth(self.prompt_ids()).exp(), prompt, generator)
         if kind == "noisy":
             anything = torch.randint(len(self.answers()), (count,), generator=generator)
@@ -120,14 +122,32 @@ class Grammar:
 
     def responses(self, teacher: CausalLM, count: int, generator: torch.Generator) -> Text:
         """`count` prompts answered by `teacher`."""
-        return self._text(
-            teacher.sample(self._draw_prompts(self.trained_on, count, generator), self.length, generator)
-        )
+        return rollouts(self, teacher, count, 1, generator)
+
+    @property
+    def answer_length(self) -> int:
+        return self.length
+
+    def prompts(self, count: int, generator: torch.Generator) -> Text:
+        """`count` prompts among those of training."""
+        ids = self.prompt_ids()[torch.randint(self.trained_on, (count,), generator=generator)]
+        return Text(ids, torch.zeros_like(ids, dtype=torch.bool))
+
+    def answer(self, model, prompts: Text, draws: Tensor, decoding: Decoding) -> Text:
+        """An answer of `model` to each prompt."""
+        return self._text(model.sample(prompts.ids, self.length, draws=draws, decoding=decoding))
 
     def rollouts(self, policy: CausalLM, groups: int, size: int, generator: torch.Generator) -> Text:
         """`size` answers to each of `groups` prompts seen in training."""
-        prompts = self._draw_prompts(self.trained_on, groups, generator).repeat_interleave(size, 0)
-        return self._text(policy.sample(prompts, self.length, generator))
+        return rollouts(self, policy, groups, size, generator)
+
+    def privileged(self, text: Text) -> tuple[Text, Tensor]:
+        """Each answer after its prompt, the likeliest valid answer and the prompt again; all have one."""
+        prompt = text.ids[:, :PROMPT]
+        best = self.answers()[self.log_truth(prompt.cpu()).argmax(1)].to(prompt)
+        ids = torch.cat([prompt, best, text.ids], 1)
+        mask = torch.cat([torch.zeros_like(ids[:, : PROMPT + self.length]).bool(), text.mask], 1)
+        return Text(ids, mask), torch.ones(len(ids), dtype=torch.bool)
 
     def pairs(self, reference: CausalLM, count: int, generator: torch.Generator) -> Pairs:
         """A valid and an invalid answer of the reference to each of `count` prompts."""
@@ -137,9 +157,6 @@ class Grammar:
         prompt = torch.randint(self.trained_on, (count,), generator=generator)
         draws = [_draw(torch.where(w, q, 0.0), prompt, generator) for w in (valid, ~valid)]
         return Pairs(*(self._text(torch.cat([prompts[prompt], self.answers()[d]], 1)) for d in draws))
-
-    def _draw_prompts(self, among: int, count: int, generator: torch.Generator) -> Tensor:
-        return self.prompt_ids()[torch.randint(among, (count,), generator=generator)]
 
     def _text(self, ids: Tensor) -> Text:
         mask = torch.zeros_like(ids, dtype=torch.bool)
@@ -180,7 +197,7 @@ class Grammar:
         seen, unseen = slice(0, self.trained_on), slice(self.trained_on, None)
         result = {"exact": True, "scalars": self._scalars(log_q, seen), "curves": {}}
         result["curves"]["pass@k"] = _curve(self._valid(log_q, seen).sum(1))
-        if self.trained_on < self.prompts:
+        if self.trained_on < self.questions:
             held_out = self._scalars(log_q, unseen)
             result["scalars"] |= {f"held-out {name}": value for name, value in held_out.items()}
             result["curves"]["pass@k (held-out prompts)"] = _curve(self._valid(log_q, unseen).sum(1))
@@ -253,7 +270,7 @@ def _tables(task: Grammar) -> tuple[Tensor, Tensor]:
     for a, b in product(range(task.symbols), repeat=2):
         legal = torch.randperm(task.symbols, generator=generator)[: task.successors]
         transitions[a, b, legal] = zipf / zipf.sum()
-    chosen = torch.randperm(task.symbols**2, generator=generator)[: task.prompts]
+    chosen = torch.randperm(task.symbols**2, generator=generator)[: task.questions]
     bos = torch.full_like(chosen, BOS)
     return transitions, torch.stack([bos, chosen // task.symbols + 1, chosen % task.symbols + 1], 1)
 

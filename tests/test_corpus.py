@@ -358,3 +358,12 @@ def test_a_comparison_trains_students_that_load_and_are_closer(texts, teacher, t
         assert student(input_ids=ids).logits.shape == (1, 3, len(tokenizer))
         assert '"entropy"' in (folder / slug / "metrics.jsonl").read_text()
     assert len(list((folder / "teacher" / "signal").iterdir())) == 1  # shared by both
+
+
+def test_what_is_validated_on_is_not_trained_on(task, teacher):
+    reference = opened(task, teacher)
+    draws = [torch.Generator().manual_seed(n) for n in range(2)]
+    seen, unseen = task.responses(reference, 999, draws[0]), task.held_out_responses(reference, 999, draws[1])
+    assert len(unseen.ids) and not {tuple(r) for r in seen.ids.tolist()} & {
+        tuple(r) for r in unseen.ids.tolist()
+    }

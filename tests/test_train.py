@@ -2,22 +2,29 @@
 
 import json
 import shutil
+from math import isfinite
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fdiv import FDPO, GKD, JS, KL, SFT, TV, ReverseKL
+from fdiv.adapters.lora import adapted
 from fdiv.adapters.transformers import CausalLM
 from fdiv.compare import compare
-from fdiv.recipe import RecipeError, load, measures, members, normalised
-from fdiv.train import Run, learning_rate, train_member, train_reference
+from fdiv.feeds import Tokens
+from fdiv.parallel import Spread, World
+from fdiv.recipe import LoraSpec, RecipeError, load, measures, members, normalised
+from fdiv.tasks.grammar import Grammar
+from fdiv.teachers._signal import TeacherError
+from fdiv.train import Run, learning_rate, train_member, train_reference, whole
 
 DEMO = Path(__file__).parents[1] / "recipes" / "demo"
 TINY = {
     "name": "tiny",
-    "task": "Grammar(symbols=4, successors=2, length=2, prompts=6, trained_on=5)",
+    "task": "Grammar(symbols=4, successors=2, length=2, questions=6, trained_on=5)",
     "reference": {
         "model": {"hidden_size": 8, "heads": 2},
         "data": "truth",
@@ -142,11 +149,48 @@ METHODS = {
     "distil": ("GKD(divergence=JS(0.3))", {"hidden_size": 8, "heads": 2}),
     "distil on-policy": ("GKD(lmbda=0.5)", {"hidden_size": 8, "heads": 2}),
     "distil fused": ("GKD(estimator=FusedLinear())", {"hidden_size": 8, "heads": 2}),
+    "adaptive teacher": ("TAID()", {"hidden_size": 8, "heads": 2}),
+    "replay": (
+        "DistiLLM(sampler=AdaptiveReplay(start=0.9, step=0, capacity=12), estimator=FusedLinear())",
+        {"hidden_size": 8, "heads": 2},
+    ),
+    "contrast": ("DistiLLM2(reference_steps=5)", {"hidden_size": 8, "heads": 2}),
+    "pass rates": ("PACED()", {"hidden_size": 8, "heads": 2}),
+    "a teacher that follows": ("SDPO(estimator=TopK(3, 'student'))", "reference"),
     "labels": ("SFT()", {"hidden_size": 8, "heads": 2}),
     "prefer": ("FDPO()", "reference"),
     "reinforce": ("GRPO()", "reference"),
     "reinforce exact": ("GRPO(divergence=KL(), estimator=Exact())", "reference"),
 }
+
+
+FRESH = (
+    "KD()",
+    "KD(estimator=FusedLinear())",
+    "KD(estimator=FusedAtoms(TopK(3)))",
+    "SeqKD()",
+    "MiniLLM()",
+    "SequenceFDistill(divergence=JS(0.5), mixture='posterior')",
+    "DistiLLM(divergence=SkewReverseKL(0.1))",
+    "ABKD()",
+    "AMiD()",
+    "AKL()",
+    "BDKD()",
+    "OnPolicyDistillation(discount=1.0)",
+    "OnPolicyDistillation(estimator=MonteCarlo('behaviour'))",
+    "TIP()",
+    "TIP(estimator=FusedLinear())",
+    "GKD(lmbda=1.0, temperature=2.0)",
+    "GKD(estimator=SampledLogits(4, 'teacher'))",
+    "GKD(estimator=FusedAtoms(SampledLogits(4, 'teacher')))",
+)
+
+
+@pytest.mark.parametrize("method", FRESH)
+def test_every_method_trains_and_reports_finite_numbers(tmp_path, method):
+    log, _ = trained(tmp_path / "run", method=method, steps=3, validate_every=3, validate_on=6)
+    assert all(isfinite(value) for row in log for value in row.values())
+    assert log[-1]["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -234,3 +278,177 @@ def test_a_member_that_fails_is_reported_and_the_others_are_kept(tmp_path):
     assert len(failures) == 1
     assert "stops" in failures[0]
     assert (chapters[0] / "seed-0" / "kl" / "evaluation.json").exists()
+
+
+# -- the loop ----------------------------------------------------------------------------------------------
+
+
+def trained(folder: Path, **train) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """Log and weights of one run of GKD under these training settings."""
+    method = train.pop("method", "GKD(divergence=JS(0.3))")
+    changes = {"method": method, "divergences": [], "train": TINY["train"] | train}
+    folder.mkdir()
+    recipe = load(write(folder, **changes))
+    run, member = Run(recipe, 0, folder / "run"), members(recipe)[0]
+    train_reference(run)
+    train_member(run, member)
+    log = (run.member_folder(member) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in log], weights(run.member_folder(member))
+
+
+def same(one, two, tolerance=2e-5):
+    for a, b in zip(one[0], two[0], strict=True):
+        assert b == {name: pytest.approx(value, rel=tolerance, abs=1e-7) for name, value in a.items()}
+    for name, weight in one[1].items():
+        torch.testing.assert_close(two[1][name], weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["GKD(lmbda=0.5)", "GKD(estimator=FusedLinear())", "SFT()"])
+def test_the_split_into_micro_batches_changes_nothing(tmp_path, method):
+    whole = trained(tmp_path / "whole", method=method, validate_every=6)
+    for size in (1, 3):
+        same(whole, trained(tmp_path / f"{size}", method=method, validate_every=6, micro_batch=size))
+
+
+def test_recomputed_activations_change_nothing(tmp_path):
+    same(trained(tmp_path / "kept"), trained(tmp_path / "recomputed", gradient_checkpointing=True))
+
+
+def test_asking_the_teacher_once_or_at_each_step_changes_nothing(tmp_path):
+    same(trained(tmp_path / "once", signal="once"), trained(tmp_path / "each", signal="each step"))
+
+
+def test_low_rank_adapters_train_little_and_are_merged_into_the_saved_model(tmp_path):
+    start = trained(tmp_path / "start", lora={"rank": 2}, learning_rate=1e-12, weight_decay=0)[1]
+    log, weights = trained(tmp_path / "lora", lora={"rank": 2}, steps=40)
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert weights.keys() == start.keys()  # a plain transformers model
+    changed = {name for name in start if not torch.allclose(start[name], weights[name], atol=1e-7)}
+    assert changed and all("proj" in name for name in changed)  # embeddings, norms and head are frozen
+
+
+def test_the_loss_on_other_text_is_logged_and_finite(tmp_path):
+    log, _ = trained(tmp_path / "run", validate_every=5)
+    assert [row["step"] for row in log if "validation loss" in row] == [5, 10]
+
+
+def test_low_rank_adapters_start_from_the_seed_whatever_was_drawn_before():
+    starts = []
+    for drawn, seed in ((0, 3), (1, 3), (1, 4)):
+        model = CausalLM.fresh(5, 8, 1, 2, 0)
+        torch.manual_seed(drawn)
+        starts.append(adapted(model, LoraSpec(rank=2), seed).state_dict())
+    one, two, other = ([t for name, t in start.items() if "lora_A" in name] for start in starts)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_published_reference_is_trained_as_it_is_meant_to_be(tmp_path, monkeypatch):
+    """from_pretrained gives a model for evaluation: no dropout, and no activation is recomputed."""
+    seen = []
+    monkeypatch.setattr(Tokens, "loss", lambda self, model, *_: seen.append(model.model.training) or 1 / 0)
+    folder = tmp_path / "published"
+    CausalLM.fresh(5, 8, 1, 2, 0).save(folder)
+    monkeypatch.setattr(Grammar, "load", lambda self, spec, seed: CausalLM.load(folder))
+    with pytest.raises(ZeroDivisionError):
+        train_reference(Run(load(write(tmp_path)), 0, tmp_path / "run"))
+    assert seen == [True]
+
+
+def test_a_run_killed_while_it_swaps_checkpoints_can_write_the_next_one(tmp_path, monkeypatch):
+    """Between the new one's taking its place and the old one's removal."""
+    removed = shutil.rmtree
+
+    def killed(folder, **options):
+        if Path(folder).name == "checkpoint.old" and (Path(folder) / "state.pt").exists():
+            raise KeyboardInterrupt
+        removed(folder, **options)
+
+    plain = trained(tmp_path / "whole", checkpoint_every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("fdiv.train.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path / "halves", checkpoint_every=2)
+    recipe = load(tmp_path / "halves" / "tiny.yaml")
+    run, member = Run(recipe, 0, tmp_path / "halves" / "run"), members(recipe)[0]
+    folder = run.member_folder(member)
+    assert (folder / "checkpoint").exists() and (folder / "checkpoint.old").exists()
+    train_member(run, member)
+    assert all(weight.equal(plain[1][name]) for name, weight in weights(folder).items())
+    assert not list(folder.glob("checkpoint*"))
+
+
+def test_a_run_killed_while_it_is_evaluated_does_not_train_anew(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    recipe, steps = load(write(tmp_path)), []
+    member = members(recipe)[0]
+    train_reference(Run(recipe, 0, tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(Grammar, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_member(Run(recipe, 0, tmp_path), member)
+    train_member(Run(recipe, 0, tmp_path, lambda step, *_: steps.append(step)), member)
+    assert min(steps) > 8  # the last checkpoint's
+
+
+def test_a_gathered_model_keeps_tied_weights_and_where_its_answers_end(tmp_path):
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    network = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True))
+    network.generation_config.eos_token_id = [2, 5]
+    spread = Spread(network, "fsdp", World(device="cpu"))
+    spread.sharded = True
+    spread.everything = lambda: {name: t.clone() for name, t in network.state_dict().items()}
+    found = whole(CausalLM(network), spread, None, load(write(tmp_path)).train)
+    assert found.model is not network
+    assert found.ends == (2, 5)
+    assert found.parameters == CausalLM(network).parameters
+    assert found.model.lm_head.weight is found.model.model.embed_tokens.weight
+
+
+def test_each_process_has_a_gpu_of_its_own_by_whatever_name(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert World.join("cuda").device == "cuda:3"
+    assert World.join("cuda:1").device == "cuda:1"
+
+
+@pytest.mark.parametrize("missing", ["data", "train"])
+def test_a_reference_that_is_half_told_how_to_train_is_refused(tmp_path, missing):
+    half = {key: value for key, value in TINY["reference"].items() if key != missing}
+    with pytest.raises(RecipeError, match="give both or neither"):
+        load(write(tmp_path, reference=half))
+
+
+def test_processes_of_torchrun_do_not_start_processes_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(World, "join", lambda *_: World(size=2))
+    with pytest.raises(RecipeError, match="leave out --jobs"):
+        compare([write(tmp_path)], tmp_path / "runs", jobs=2)
+
+
+REFUSED = {
+    "a batch of groups": ("GRPO()", {"batch_size": 12}, "no whole number of groups"),
+    "no loss on other text": ("GRPO()", {"validate_every": 4}, "leave out validate_every"),
+    "a batch of pairs of answers": ("DistiLLM2()", {"batch_size": 5}, "is odd"),
+    "nothing to follow": ("DistiLLM()", {}, "write validate_every"),
+    "a teacher asked once that moves": ("SDPO()", {"signal": "once"}, "write signal: auto"),
+    "text of unknown probability": ("SDPO(sampler=AdaptiveReplay(step=0))", {}, "which is not kept"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_be_ignored_is_refused_before_training(tmp_path, case):
+    method, train, sentence = REFUSED[case]
+    with pytest.raises(ValueError, match=sentence):
+        trained(tmp_path / "run", method=method, **train)
+    assert [p.parent.name for p in tmp_path.glob("run/run/seed-0/*/metrics.jsonl")] == ["teacher"]
+
+
+@pytest.mark.parametrize("method", ["GRPO()", "FDPO()", "SDPO(estimator=TopK(3, 'student'))"])
+def test_a_source_that_is_not_asked_is_refused(tmp_path, method):
+    reference = TINY["reference"] | {"source": "Cached('nowhere')"}
+    recipe = load(write(tmp_path, method=method, divergences=[], student="reference", reference=reference))
+    run = Run(recipe, 0, tmp_path / "run")
+    train_reference(run)
+    with pytest.raises(TeacherError, match="asks the reference model itself"):
+        train_member(run, members(recipe)[0])

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import click
 import typer
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fdiv.catalogue import rows as catalogue_rows
 from fdiv.recipe import RecipeError
+from fdiv.teachers._signal import TeacherError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -27,13 +28,18 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="override a key, --
 def compare(
     recipes: Recipes,
     out: Out = Path("runs/compare"),
-    jobs: Annotated[int, typer.Option(min=1, help="members trained side by side")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="members trained side by side; none: 1, or all that Ray has room for"),
+    ] = None,
+    on: Annotated[Literal["here", "ray"], typer.Option(help="this machine, or a Ray cluster")] = "here",
     set_: Set = None,
 ) -> None:
     """Which divergence should I use here? Train under each, evaluate all alike, write a report."""
     from fdiv.compare import compare as run
 
-    folders, failures = run(recipes, out, jobs, _overrides(set_))
+    pool = _cluster(jobs) if on == "ray" else None
+    folders, failures = run(recipes, out, jobs or 1, _overrides(set_), pool)
     _write_report(folders, out / "report.html")
     if failures:
         raise typer.Exit(1)
@@ -53,6 +59,27 @@ def train(
     _write_report(folders, out / "report.html")
     if failures:
         raise typer.Exit(1)
+
+
+@app.command()
+def cache(
+    recipe: Annotated[Path, typer.Argument(help="a recipe file (YAML)")],
+    out: Annotated[Path, typer.Option(help="folder of the cache, for reference.source: Cached(folder)")],
+    k: Annotated[int | None, typer.Option(min=1, help="keep the k likeliest tokens")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="keep this many drawn tokens")] = None,
+    hidden: Annotated[bool, typer.Option("--hidden", help="keep hidden states and the head")] = False,
+    half: Annotated[bool, typer.Option("--half", help="keep log-probabilities in float16")] = False,
+    runs: Annotated[Path, typer.Option(help="folder of runs, where the teacher is or will be")] = Path(
+        "runs/compare"
+    ),
+    set_: Set = None,
+) -> None:
+    """Keep what the teacher says about the training text; by default what the recipe's method reads of it."""
+    from fdiv.teachers.of_recipe import Kept, written
+
+    kept = Kept(k, samples, hidden, "float16" if half else "float32")
+    for folder, manifest in written(recipe, out, runs, kept, _overrides(set_)):
+        console.print(f"[bold]{folder}[/bold]: {manifest.summary}", highlight=False)
 
 
 @app.command()
@@ -87,7 +114,7 @@ def main() -> None:
         code = app(standalone_mode=False)  # what a command returns, or the code of its typer.Exit
     except (KeyboardInterrupt, click.Abort):
         code = 130
-    except (RecipeError, FileNotFoundError, FileExistsError, ImportError) as error:
+    except (RecipeError, TeacherError, FileNotFoundError, FileExistsError, ImportError) as error:
         _fail(str(error), 2)
     except click.ClickException as error:  # a wrong option or argument
         error.show()
@@ -102,9 +129,19 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _cluster(jobs: int | None):
+    from fdiv.adapters.ray import Cluster
+
+    return Cluster(jobs)
+
+
 def _write_report(folders: list[Path], out: Path) -> None:
     from fdiv.evaluate.report import write_report
     from fdiv.evaluate.terminal import terminal_table
+    from fdiv.parallel import World
+
+    if not World.join().leads:
+        return
 
     page = write_report(folders, out)
     console.print(terminal_table(folders))

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 import fdiv
 from fdiv.parallel import World
 from fdiv.pools import Pool, Processes
-from fdiv.recipe import Member, Recipe, load, members
+from fdiv.recipe import Member, Recipe, RecipeError, load, members
 from fdiv.train import Run, train_member, train_reference
 
 News = tuple[str, int, int, float | None]  # run, step, steps, loss (None: before training)
@@ -56,6 +56,10 @@ def compare(
     if len(set(folders)) < len(folders):
         raise ValueError(f"two recipes have the same name: {[r.name for r in loaded]}")
     world = World.join(loaded[0].train.device)
+    if world.size > 1 and (jobs > 1 or pool):
+        raise RecipeError(
+            "the processes of torchrun train one member after another: leave out --jobs and --on"
+        )
     if world.leads:
         for recipe, folder in zip(loaded, folders, strict=True):
             describe(recipe, folder)

@@ -9,15 +9,16 @@ import importlib
 import importlib.util
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fdiv import notation
 from fdiv._divergence import Divergence, FDivergence
+from fdiv.adapters.trackers import find_tracker
 from fdiv.methods._method import Method
 
 
@@ -46,11 +47,27 @@ class ModelSpec(Section):
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the weights")
 
 
+class LoraSpec(Section):
+    """Low-rank adapters (peft) in place of full training; they are merged into the saved model."""
+
+    rank: int = Field(default=16, ge=1, description="of each adapter")
+    alpha: float = Field(default=32, gt=0, description="scale: an adapter counts alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="of an adapter's input")
+    targets: list[str] | Literal["all-linear"] = Field(
+        default="all-linear", description="names of the layers that get one"
+    )
+
+
 class TrainSpec(Section):
     """One run of the optimiser (AdamW)."""
 
     steps: int = Field(default=1000, ge=1, description="optimiser steps")
-    batch_size: int = Field(default=128, ge=1, description="sequences (pairs, rollouts) a step")
+    batch_size: int = Field(
+        default=128, ge=1, description="sequences (pairs, rollouts) a step, of all processes together"
+    )
+    micro_batch: int | None = Field(
+        default=None, ge=1, description="sequences a forward pass and process; none: a process's whole share"
+    )
     group_size: int = Field(
         default=8, ge=2, description="rollouts a prompt, for methods that compare within a group"
     )
@@ -66,10 +83,38 @@ class TrainSpec(Section):
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="autocast of the forward pass"
     )
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations in the backward pass"
+    )
+    lora: LoraSpec | None = Field(default=None, description="train low-rank adapters only")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp", description="what the processes of torchrun share: nothing, or the model (FSDP2)"
+    )
+    signal: Literal["auto", "once", "each step"] = Field(
+        default="auto", description="when the teacher reads fixed text; auto: once if the answer fits in 2 GB"
+    )
+    generation: Literal["transformers", "vllm"] = Field(
+        default="transformers", description="what writes the student's text (vllm: one process, a GPU)"
+    )
     device: str = Field(default="auto", description="cpu, cuda, ... or auto: cuda where there is one")
     threads: int = Field(default=1, ge=1, description="CPU threads a process")
     log_every: int = Field(default=20, ge=1, description="steps between two lines of metrics.jsonl")
     checkpoint_every: int = Field(default=250, ge=1, description="steps between two checkpoints")
+    validate_every: int | None = Field(
+        default=None, ge=1, description="steps between two measurements of the loss on other text"
+    )
+    validate_on: int = Field(default=256, ge=1, description="sequences of such a measurement")
+    report_to: list[str] = Field(
+        default_factory=list,
+        description="trackers beside metrics.jsonl: tensorboard, trackio, wandb, wandb-offline",
+    )
+
+    @field_validator("report_to")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            find_tracker(name)
+        return names
 
 
 class Reference(Section):
@@ -81,6 +126,16 @@ class Reference(Section):
         default=None, description="the task's data it is trained on first; none: used as it is"
     )
     train: TrainSpec | None = Field(default=None, description="how it is trained first")
+    source: str = Field(
+        default="Local()",
+        description="where its signal comes from: Local(), Cached(folder) or Served(url, model, k)",
+    )
+
+    @model_validator(mode="after")
+    def _trained_on_something(self) -> "Reference":
+        if (self.data is None) != (self.train is None):
+            raise ValueError("data and train say together how it is trained first: give both or neither")
+        return self
 
 
 class Baseline(Section):
@@ -152,10 +207,13 @@ class Recipe(Section):
         return [str(v) for v in values] if isinstance(values, list) else values
 
     def parse(self, text: str) -> Any:
-        return notation.parse(text, ["fdiv.tasks.all", *self._plugin_modules()])
+        return notation.parse(text, ["fdiv.tasks.all", "fdiv.teachers.all", *self._plugin_modules()])
 
     def parsed_task(self) -> Any:
         return self.parse(self.task)
+
+    def parsed_source(self) -> Any:
+        return self.parse(self.reference.source)
 
     def _plugin_modules(self) -> list[str]:
         return [_load_plugin(name, Path(self.folder)) for name in self.plugins]
@@ -191,7 +249,12 @@ def load(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
         _set(data, key.split("."), yaml.safe_load(text))
     try:
         recipe = Recipe.model_validate(data | {"folder": str(path.parent.resolve())})
-        for check in (members, measures, Recipe.parsed_task):  # names and combinations, now
+        for check in (
+            members,
+            measures,
+            Recipe.parsed_task,
+            Recipe.parsed_source,
+        ):  # names and combinations, now
             check(recipe)
     except ValidationError as error:
         raise RecipeError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from None
@@ -204,6 +267,10 @@ def members(recipe: Recipe) -> list[Member]:
     """Baselines and, for every divergence (and value of the sweep), the method with it put in."""
     rows = [Member(b.label, recipe.parse(b.method) if b.method else None) for b in recipe.baselines]
     template = recipe.parse(recipe.method)
+    if "divergence" not in {field.name for field in fields(template)}:
+        if recipe.divergences:
+            raise ValueError(f"{recipe.method} has one divergence, its own; list none under divergences")
+        return _with_one_label_each([*rows, Member(recipe.method, template, template.divergence)])
     for text in recipe.divergences or [repr(template.divergence)]:
         divergence = recipe.parse(text)
         scaled = normalised(divergence) if recipe.normalise else divergence
@@ -215,6 +282,10 @@ def members(recipe: Recipe) -> list[Member]:
             label = f"{text}, {sweep.field} {value:g}"
             varied = replace(method, **{sweep.field: value})
             rows.append(Member(label, varied, divergence, text, (sweep.field, value)))
+    return _with_one_label_each(rows)
+
+
+def _with_one_label_each(rows: list[Member]) -> list[Member]:
     labels = [row.label for row in rows]
     if len(set(labels)) < len(labels):
         raise ValueError(f"two members of one recipe have the same label: {labels}")

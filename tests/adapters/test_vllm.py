@@ -8,14 +8,18 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("transformers")
 
 from tests.adapters import tiny
+from tests.test_train import TINY
 
 from fdiv.adapters.transformers import CausalLM
+from fdiv.recipe import load, members
 from fdiv.sample._sampler import Decoding
 from fdiv.tasks.padding import unanswered
+from fdiv.train import Run, train_member, train_reference
 
 
 @dataclass
@@ -111,6 +115,24 @@ def asked(rows=6):
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 24, (1 + n % 4,), generator=generator) for n in range(rows)]
     return unanswered(prompts), torch.rand(rows, 7, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", ["GKD(lmbda=1.0)", "GRPO()"])
+def test_the_trainer_has_the_student_s_text_written_by_it(vllm, tmp_path, monkeypatch, method):
+    """At each step by the weights of that step; the loss is that of the text which came back."""
+    made = []
+    monkeypatch.setattr(vllm, "LLM", lambda *a, **o: made.append(LLM(*a, **o)) or made[-1])
+    changes = {"student": "reference" if "GRPO" in method else TINY["student"], "divergences": []}
+    train = TINY["train"] | {"steps": 3, "generation": "vllm"}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | changes | {"method": method, "train": train}))
+    recipe = load(path)
+    run = Run(recipe, 0, tmp_path / "run")
+    train_reference(run)
+    train_member(run, members(recipe)[0])
+    names = [call if isinstance(call, str) else call[0] for call in made[0].calls]
+    again = ["reload_weights", "reset_prefix_cache", "generate"]
+    assert len(made) == 1 and names == ["generate", *again, *again]
 
 
 def test_without_vllm_the_import_names_the_install_line(monkeypatch):

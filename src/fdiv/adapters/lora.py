@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from fdiv.adapters.transformers import CausalLM
 from fdiv.recipe import LoraSpec
 
@@ -9,8 +11,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def adapted(model: CausalLM, spec: LoraSpec) -> "PeftModel":
-    """Put trainable adapters into the model's layers and freeze the rest; `model` itself keeps its class."""
+def adapted(model: CausalLM, spec: LoraSpec, seed: int) -> "PeftModel":
+    """Put trainable adapters into the model's layers and freeze the rest; `model` itself keeps its class.
+
+    They start from `seed` alone, whatever was drawn before in this process.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -22,7 +27,9 @@ def adapted(model: CausalLM, spec: LoraSpec) -> "PeftModel":
         target_modules=spec.targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model.model, config)  # type: ignore[return-value]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model.model, config)  # type: ignore[return-value]
 
 
 def merged(model: CausalLM, peft: "PeftModel") -> CausalLM:

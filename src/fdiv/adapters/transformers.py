@@ -157,7 +157,7 @@ class CausalLM:
         """Final hidden states that predict the tokens where mask [B, S] is true: [tokens, width]."""
         self._refuse_left_padding(input_ids)
         device = self.model.device
-        states = self.model.base_model(input_ids=input_ids.to(device)).last_hidden_state
+        states = self.model.base_model(input_ids=input_ids.to(device), use_cache=False).last_hidden_state
         return states[:, :-1][mask[:, 1:].to(device)]
 
     def log_softmax(self, input_ids: Tensor, mask: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class CausalLM:
         if self.has_plain_head:
             return self.rows_of_hidden(self.hidden(input_ids, mask))
         self._refuse_left_padding(input_ids)
-        logits = self.model(input_ids=input_ids.to(self.model.device)).logits
+        logits = self.model(input_ids=input_ids.to(self.model.device), use_cache=False).logits
         return self.restricted(logits[:, :-1][mask[:, 1:].to(logits.device)]).float().log_softmax(-1)
 
     def rows_of_hidden(self, hidden: Tensor) -> Tensor:

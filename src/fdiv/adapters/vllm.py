@@ -16,7 +16,7 @@ except ImportError as error:
 from fdiv.adapters.transformers import CausalLM
 from fdiv.sample._sampler import Decoding
 from fdiv.tasks._task import Text
-from fdiv.tasks.padding import answered, rows_of
+from fdiv.tasks.padding import answered, rows_of, unanswered
 
 COLDEST = 0.01  # below it vLLM would write at this temperature
 
@@ -91,6 +91,12 @@ class VLLM:
         if decoding.temperature == 0:  # a greedy choice is certain; vLLM tells how likely the token was
             log_probs = torch.zeros_like(log_probs)
         return answered(rows, responses, self.model.pad), log_probs
+
+    def sample(
+        self, prompts: Tensor, length: int, *, draws: Tensor, decoding: Decoding = Decoding()
+    ) -> Tensor:
+        """As `CausalLM.sample`: exactly `length` tokens after each prompt of one length."""
+        return self.generate(unanswered(list(prompts.cpu())), draws[:, :length], decoding, ends=()).ids
 
     def _options(self, decoding: Decoding, length: int, ends: tuple[int, ...]) -> dict[str, Any]:
         return {

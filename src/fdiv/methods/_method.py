@@ -10,8 +10,8 @@ from fdiv._divergence import Divergence
 
 Consumes = Literal["tokens", "responses", "pairs", "rollouts"]
 
-# What a method that consumes "responses" can ask for in `reads`, beside its estimator's evidence. Rows are the
-# R response tokens of a micro-batch, sequence by sequence, in the order of the text.
+# What a method that consumes "responses" can ask for in `reads`, beside its estimator's evidence. Rows are
+# the R response tokens of a micro-batch, sequence by sequence, in the order of the text.
 READABLE = {
     "labels": "[R] the token itself, an index into the vocabulary",
     "sequence": "[R] the number of the sequence that a row belongs to, ascending from 0",
@@ -26,6 +26,21 @@ READABLE = {
     "shown": "[R] whether the teacher was shown more than the student (a privileged context was found)",
     "progress": "the fraction of training steps that are done, 0 <= progress < 1",
     "state": "the method's own numbers, see Adaptive",
+}
+
+# And of a text that teacher and student read in two vocabularies, in Rt and Rs tokens: p_ is the teacher's.
+READABLE_IN_TWO = {
+    "log_p": "[Rt, Vt] the teacher's log-probabilities; log_p_label [Rt] that of its own tokens",
+    "log_q": "[Rs, Vs] the student's",
+    "p_labels, q_labels": "[Rt], [Rs] the tokens",
+    "p_inputs, q_inputs": "[Rt], [Rs] the token before each",
+    "p_sequence, q_sequence": "[Rt], [Rs] the number of the sequence",
+    "p_group, q_group": "[Rt], [Rs] the stretch of text that a token is part of; -1: compared with nothing",
+    "p_shared, q_shared": "[K] the ids of tokens that both write alike, pair by pair",
+    "p_hidden, p_weight, p_embedding": "states [Rt, width], head and embedding; likewise q_",
+    "projectors": "the DualSpace that is trained beside the student",
+    "groups": "the stretches in the global batch",
+    "p_count": "the teacher's tokens in the global batch, as `count` is the student's",
 }
 
 

@@ -11,6 +11,10 @@ class Offline:
 
     decoding: Decoding = field(default_factory=Decoding)
 
+    def __post_init__(self):
+        if self.decoding != Decoding():
+            raise ValueError(f"nobody writes, so that nothing is decoded; leave out {self.decoding!r}")
+
     def writer(self, uniform: float, progress: float, state: dict[str, float]) -> Writer:
         return "data"
 

@@ -110,8 +110,13 @@ class Instructions:
         """At most `count` training samples: their own responses stand for the teacher's."""
         return self._some(teacher.tokenizer, count, generator)
 
-    def _some(self, tokenizer, count: int, generator: torch.Generator) -> Text:
-        samples = split(self, tokenizer).train
+    def held_out_responses(self, teacher: CausalLM, count: int, generator: torch.Generator) -> Text:
+        """At most `count` samples that are not trained on."""
+        return self._some(teacher.tokenizer, count, generator, held_out=True)
+
+    def _some(self, tokenizer, count: int, generator: torch.Generator, held_out: bool = False) -> Text:
+        found = split(self, tokenizer)
+        samples = found.held_out if held_out else found.train
         chosen = torch.randperm(len(samples), generator=generator)[:count].tolist()
         return _text([samples[n] for n in chosen], tokenizer)
 

@@ -1,5 +1,7 @@
 """What tasks with prompts do alike."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,12 @@ from fdiv.tasks._task import Prompted, Text
 def uniform(sequences: int, tokens: int, generator: torch.Generator) -> Tensor:
     """The numbers that answers are made of, [sequences, tokens]."""
     return torch.rand(sequences, tokens, generator=generator, dtype=torch.float64)
+
+
+def unseen(task: Any, teacher: Any, count: int, generator: torch.Generator) -> Text:
+    """At most `count` responses that are not trained on: held out, or new where a task makes them."""
+    held_out = getattr(task, "held_out_responses", None)
+    return (held_out or task.responses)(teacher, count, generator)
 
 
 def rollouts(task: Prompted, policy, groups: int, size: int, generator: torch.Generator) -> Text:

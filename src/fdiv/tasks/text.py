@@ -83,6 +83,10 @@ class Corpus:
         """At most `count` training blocks: the corpus itself stands for the teacher's responses."""
         return _some(split(self, teacher.tokenizer).train, count, generator)
 
+    def held_out_responses(self, teacher: CausalLM, count: int, generator: torch.Generator) -> Text:
+        """At most `count` blocks that are not trained on."""
+        return _some(split(self, teacher.tokenizer).held_out, count, generator)
+
     # -- answers ------------------------------------------------------------------------------------------
 
     @property

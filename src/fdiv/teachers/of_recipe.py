@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fdiv.recipe import RecipeError, load
 from fdiv.sample._sampler import Steered
 from fdiv.sample.fixed import Mix
 from fdiv.tasks._task import Text
+from fdiv.tasks.prompting import unseen
 from fdiv.teachers._columns import Precision
 from fdiv.teachers._format import Manifest
 from fdiv.teachers._signal import described
@@ -87,7 +89,8 @@ def reference_and_texts(run: Run, method: Any) -> tuple[Any, list[Text]]:
     reference = load_reference(run, task, World.join(spec.device).device)
 
     def drawn(step: int, count: int) -> Text:  # as feeds.Feed.generator does
-        return task.responses(reference, count, torch.Generator().manual_seed(1_000_003 * (seed + 1) + step))
+        draw = task.responses if step == -1 else partial(unseen, task)
+        return draw(reference, count, torch.Generator().manual_seed(1_000_003 * (seed + 1) + step))
 
     texts = [drawn(-1, spec.examples)]
     return reference, texts + ([drawn(-2, spec.validate_on)] if spec.validate_every else [])

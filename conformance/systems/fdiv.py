@@ -13,8 +13,11 @@ from conformance import oracle, world
 from conformance.system import Penalty, Rows, System, TruncatedRows
 from fdiv import FDPO, GKD, GRPO, JS, KL, Alpha, Exact, FDivergence, FusedLinear, MonteCarlo, ReverseKL, TopK
 from fdiv.adapters.transformers import CausalLM
-from fdiv.feeds import Responses
+from fdiv.feeds._feed import Counts
+from fdiv.feeds.responses import Responses
+from fdiv.parallel import World
 from fdiv.recipe import TrainSpec
+from fdiv.sample._sampler import Decoding
 from fdiv.tasks._task import Text
 
 BY_NAME: dict[str, FDivergence] = {
@@ -42,9 +45,9 @@ class Adapter(System):
     version = fdiv.__version__
     reasons: ClassVar[dict[str, str]] = {
         "C14": "fdiv clips no term of a divergence; a bounded divergence takes the place of a clip",
-        "C33": "fdiv has no client of served teachers",
-        "C46": "fdiv's tasks read both models through one tokenizer; two are never compared",
-        "C50": "fdiv has no client of served teachers",
+        "C33": "needs a server; what Served refuses is in tests/teachers/test_served.py",
+        "C46": "fdiv compares the tables of tokens, not logits; tests/teachers/test_signal.py",
+        "C50": "needs a server; what Served refuses is in tests/teachers/test_served.py",
     }
 
     # -- on the whole vocabulary --------------------------------------------------------------------------
@@ -200,8 +203,9 @@ class Adapter(System):
     def on_policy_denominator(self) -> tuple[float, float]:
         student = CausalLM(world.language_model(2))
         feed = _feed(GKD(lmbda=1.0), _Task())
-        loss = feed.step(student, 0).loss
-        ids, mask = _Task().rollouts(student, 2, 1, torch.Generator())
+        (part,) = feed.parts(student, 0)
+        loss = feed.loss(student, part, Counts(*part.counts)).loss
+        ids, mask = part.text
         rows = oracle.value(
             "forward KL", *(m.log_softmax(ids, mask).detach() for m in (feed.reference, student))
         )
@@ -209,10 +213,10 @@ class Adapter(System):
 
     def cached_signal(self) -> tuple[Tensor, Tensor]:
         method = GKD(estimator=FusedLinear())
-        computed = _feed(method, _Task()).signal
+        computed = _signal(method, _Task())
         with tempfile.TemporaryDirectory() as folder:
-            _feed(method, _Task(first=1), Path(folder))  # the same samples, the other one first
-            return computed, _feed(method, _Task(), Path(folder)).signal
+            _signal(method, _Task(first=1), Path(folder))  # the same samples, the other one first
+            return computed, _signal(method, _Task(), Path(folder))
 
     # -- configuration ------------------------------------------------------------------------------------
 
@@ -255,14 +259,19 @@ class _Task:
     """Two short responses, the `first` of which comes first, and longer ones that the student writes."""
 
     first: int = 0
+    answer_length: int = 7
 
     def responses(self, teacher: CausalLM, count: int, generator: torch.Generator) -> Text:
         ids, mask = torch.tensor([[1, 2, 3, 4, 5], [5, 4, 3, 2, 1]]), torch.zeros(2, 5, dtype=torch.bool)
         mask[:, 3:] = True
         return Text(ids.roll(self.first, 0), mask)
 
-    def rollouts(self, policy: CausalLM, groups: int, size: int, generator: torch.Generator) -> Text:
-        ids = policy.sample(torch.tensor([[1, 2, 3], [5, 4, 3]]), 7)  # greedily
+    def prompts(self, count: int, generator: torch.Generator) -> Text:
+        ids = torch.tensor([[1, 2, 3], [5, 4, 3]])
+        return Text(ids, torch.zeros_like(ids, dtype=torch.bool))
+
+    def answer(self, model: CausalLM, prompts: Text, draws: Tensor, decoding: Decoding) -> Text:
+        ids = model.sample(prompts.ids, self.answer_length)  # greedily
         mask = torch.zeros_like(ids, dtype=torch.bool)
         mask[0, 3:], mask[1, 3:6] = True, True
         return Text(ids, mask)
@@ -270,4 +279,9 @@ class _Task:
 
 def _feed(method: GKD, task: _Task, cache: Path | None = None) -> Responses:
     spec = TrainSpec(batch_size=2, examples=2)
-    return Responses(method, task, CausalLM(world.language_model(1)), spec, seed=0, device="cpu", cache=cache)
+    return Responses(method, task, CausalLM(world.language_model(1)), spec, 0, World(), cache=cache)
+
+
+def _signal(method: GKD, task: _Task, cache: Path | None = None) -> Tensor:
+    """What the teacher says of the task's samples, in the order in which they come."""
+    return _feed(method, task, cache).signals.stored["p_hidden"]

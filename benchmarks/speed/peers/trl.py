@@ -4,8 +4,16 @@ import os
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
+from functools import cache
+from tempfile import mkdtemp
+from typing import Any
+
 import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast, default_data_collator
+from trl.experimental.gkd import GKDConfig
 from trl.experimental.gkd.gkd_trainer import GKDTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
@@ -28,6 +36,34 @@ def gkd(divergence: FDivergence, given: Heads, valid: Tensor | None = None, upca
         z_p, z_q = z_p.float(), z_q.float()
     loss = GKDTrainer.generalized_jsd_loss(z_q, z_p, _labels(valid), beta_of(divergence))
     return differentiate(loss, given.trained)
+
+
+def gkd_training_step(divergence: FDivergence, teacher: Any, student: Any, ids: Tensor) -> Outcome:
+    """GKDTrainer.training_step on given text: both models' logits, the loss on them, all gradients."""
+    trainer = _trainer(beta_of(divergence), teacher, student)
+    labels = ids.clone()
+    labels[:, 0] = -100
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    batch |= {"prompts": ids[:, :1], "prompt_attention_mask": torch.ones_like(ids[:, :1])}
+    student.zero_grad()
+    return Outcome(trainer.training_step(trainer.model, batch).detach())
+
+
+@cache
+def _trainer(beta: float, teacher: Any, student: Any) -> GKDTrainer:
+    words = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
+    options = {"output_dir": mkdtemp(), "report_to": "none", "use_cpu": True, "bf16": False}
+    trainer = GKDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=GKDConfig(lmbda=0.0, beta=beta, gradient_checkpointing=False, **options),
+        train_dataset=Dataset.from_dict({"messages": [[{"role": "user", "content": "a"}]]}),
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+    )
+    trainer.current_gradient_accumulation_steps = 1  # its loop sets it
+    return trainer
 
 
 def gkd_from_logits(divergence: FDivergence, z_p: Tensor, z_q: Tensor) -> Outcome:

@@ -18,6 +18,7 @@ from benchmarks.speed.rows import (
     peaked,
     sinkhorn,
     top_k,
+    trainer,
 )
 
 
@@ -47,4 +48,5 @@ GROUPS = (
     Group(("B16",), _measured(accuracy.cases)),
     Group(("B17",), _measured(peaked.cases)),
     Group(("B18",), compile_cost.lines),
+    Group(("B19",), _measured(trainer.cases)),
 )

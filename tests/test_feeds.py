@@ -213,7 +213,7 @@ class Uneven:
 
 def logged(feed, student, parts):
     alone = World(device="cpu")
-    return accumulate(Spread(student.model, "ddp", alone), student, feed, parts, feed.spec)
+    return accumulate(Spread(student.model, "ddp", alone), student, feed, parts)
 
 
 @pytest.mark.parametrize("size", [None, 1, 3])

@@ -314,8 +314,12 @@ def test_recomputed_activations_change_nothing(tmp_path):
     same(trained(tmp_path / "kept"), trained(tmp_path / "recomputed", gradient_checkpointing=True))
 
 
-def test_asking_the_teacher_once_or_at_each_step_changes_nothing(tmp_path):
-    same(trained(tmp_path / "once", signal="once"), trained(tmp_path / "each", signal="each step"))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["GKD()", "GKD(estimator=FusedLinear())", "MiniLLM(sampler=Mix(1.0))"])
+def test_asking_the_teacher_once_or_at_each_step_changes_nothing(tmp_path, method, precision):
+    train = {"method": method, "precision": precision, "validate_every": 6}
+    once, each = (trained(tmp_path / when, signal=when, **train) for when in ("auto", "each step"))
+    same(once, each)
 
 
 def test_low_rank_adapters_train_little_and_are_merged_into_the_saved_model(tmp_path):

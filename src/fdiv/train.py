@@ -166,7 +166,7 @@ def optimise(model: CausalLM, feed: Feed, spec: TrainSpec, folder: Path, run: Ru
                 group["lr"] = learning_rate(spec, step)
             torch.manual_seed(hash((run.seed, step, world.rank)) % 2**63)  # of dropout and of sampled atoms
             parts = spread.look(feed.parts, model, step)
-            numbers = accumulate(spread, model, feed, parts, spec)
+            numbers = accumulate(spread, model, feed, parts)
             norm = spread.clip(spec.clip)
             if not torch.isfinite(norm):
                 raise FloatingPointError(
@@ -189,16 +189,13 @@ def optimise(model: CausalLM, feed: Feed, spec: TrainSpec, folder: Path, run: Ru
     return whole(model, spread, peft, spec)
 
 
-def accumulate(
-    spread: Spread, model: CausalLM, feed: Feed, parts: list[Part], spec: TrainSpec
-) -> dict[str, float]:
+def accumulate(spread: Spread, model: CausalLM, feed: Feed, parts: list[Part]) -> dict[str, float]:
     """Gradients of the loss of the global batch, one micro-batch after another; returns loss and metrics."""
     world, batch = feed.world, counts(parts, feed.world)
     numbers: dict[str, float] = defaultdict(float)
-    device, low = world.device.split(":")[0], spec.precision == "bfloat16"
     for n, part in enumerate(parts):
         with spread.accumulating(last=n == len(parts) - 1):
-            with torch.autocast(device, torch.bfloat16, enabled=low):
+            with precision(feed):
                 out = spread.run(feed.loss, model, part, batch)
             spread.backward(out.loss)
         numbers["loss"] += out.loss.item()
@@ -206,6 +203,12 @@ def accumulate(
         for name, value in out.metrics.items():  # of nothing, a mean is nan
             numbers[name] += float(value) * share if share else 0.0
     return dict(zip(numbers, world.sum(list(numbers.values())), strict=True))
+
+
+def precision(feed: Feed) -> torch.autocast:
+    """Of the student's layers; logits and losses are float32 in any case."""
+    device = feed.world.device.split(":")[0]
+    return torch.autocast(device, torch.bfloat16, enabled=feed.spec.precision == "bfloat16")
 
 
 def counts(parts: list[Part], world: World) -> Counts:
@@ -241,7 +244,8 @@ def validate(spread: Spread, model: CausalLM, feed: Feed) -> float:
     model.model.eval()
     parts = spread.look(feed.validation, model)
     batch = counts(parts, feed.world)
-    loss = sum(spread.look(feed.loss, model, part, batch).loss.item() for part in parts)
+    with precision(feed):
+        loss = sum(spread.look(feed.loss, model, part, batch).loss.item() for part in parts)
     model.model.train()
     return feed.world.sum([loss])[0]
 

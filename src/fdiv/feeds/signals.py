@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,10 +93,16 @@ class Signals:
 
     def _rows(self, text: Text) -> dict[str, Tensor]:
         assert self.teacher is not None
-        with torch.no_grad():
+        with self._plainly():
             found = dict(self.teacher(*self.feed.on_device(text)).evidence)
         self.head = found.pop("p_weight", None)
         return found
+
+    @contextmanager
+    def _plainly(self) -> Iterator[None]:
+        """The teacher says the same before training and in the midst of a student's autocast."""
+        with torch.no_grad(), torch.autocast(self.feed.device.split(":")[0], enabled=False):
+            yield
 
     def _key(self, text: Text) -> str:
         digest = hashlib.sha256(repr((self.feed.source, self.teacher.terms, self.estimator)).encode())  # type: ignore[union-attr]
@@ -169,7 +176,8 @@ class Signals:
         text = Text(part.more["p_ids"], part.more["p_mask"]) if "p_ids" in part.more else part.text
         if self.scorer is None:
             self.scorer = self.feed.source.open(MonteCarlo(), 1.0, self.feed.teacher.model)
-        return self.scorer(*self.feed.on_device(text)).evidence["log_p"]
+        with self._plainly():
+            return self.scorer(*self.feed.on_device(text)).evidence["log_p"]
 
     def _behaviour(self, model: CausalLM, part: Part, found: dict[str, Tensor]) -> Tensor:
         """The log-probability with which whoever wrote a token drew it."""

@@ -11,14 +11,13 @@ from tests.teachers.tiny_tokenizers import (
     characters,
     each_pair,
     each_tokenizer,
-    exchanged,
     sentencepiece,
     unigram,
 )
 
 from fdiv.methods.distill._alignment import align
 from fdiv.teachers._spelling import read, spelling
-from fdiv.teachers.shared import require_one_vocabulary, shared_tokens
+from fdiv.teachers.shared import shared_tokens
 
 
 def pieces(text: bytes, ends) -> list[bytes]:
@@ -107,17 +106,6 @@ def test_the_space_is_the_same_whether_it_is_written_with_a_dot_or_a_bar():
 
     assert {ids("Ġcat", "▁cat"), ids("Ġ", "▁"), ids("Ã©", "é"), ids("Ã", "<0xC3>")} <= pairs
     assert ids("a", "a") in pairs and ids("a", "<0x61>") not in pairs
-
-
-def test_two_vocabularies_of_one_size_are_told_apart():
-    """Feeding the teacher the student's ids would run, and mean nothing."""
-    plain, swapped = byte_level(12), exchanged(byte_level(12), "th", "at")
-    require_one_vocabulary(plain, byte_level(12))
-    assert len(plain) == len(swapped)
-    with pytest.raises(ValueError, match=r"2 ids differ, first 257, 'th' to the student and 'at' to the"):
-        require_one_vocabulary(plain, swapped)
-    with pytest.raises(ValueError, match=r"write a method for two tokenizers, GOLD\(\)"):
-        require_one_vocabulary(byte_level(12), byte_level(90))
 
 
 def test_a_slow_tokenizer_is_refused():

@@ -1,6 +1,5 @@
 """Small tokenizers, made here: byte-level BPE, sentencepiece-like BPE and unigram, and characters."""
 
-import json
 from functools import cache
 from itertools import product
 
@@ -101,15 +100,6 @@ def composed() -> PreTrainedTokenizerFast:
     plain = byte_level(40)
     backend = Tokenizer.from_str(plain.backend_tokenizer.to_str())
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
-
-
-def exchanged(tokenizer: PreTrainedTokenizerFast, one: str, other: str) -> PreTrainedTokenizerFast:
-    """The tokenizer with the ids of two pieces exchanged."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    vocab = state["model"]["vocab"]
-    vocab[one], vocab[other] = vocab[other], vocab[one]
-    backend = Tokenizer.from_str(json.dumps(state))
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
 
 

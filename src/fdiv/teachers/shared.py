@@ -1,4 +1,4 @@
-"""Which tokens two vocabularies have in common, and whether they are one."""
+"""Which tokens two vocabularies have in common."""
 
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -23,21 +23,6 @@ def shared_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> Shared:
     pairs = sorted((theirs[meaning], ours[meaning]) for meaning in ours.keys() & theirs.keys())
     teacher, student = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(1)
     return Shared(student, teacher)
-
-
-def require_one_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
-    """Raise unless every id is the same token to both: a vocabulary's size says nothing about that."""
-    ours, theirs = (
-        {number: piece for piece, number in tokenizer.get_vocab().items()}
-        for tokenizer in (student_tokenizer, teacher_tokenizer)
-    )
-    apart = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
-    if apart:
-        raise ValueError(
-            f"a teacher that is fed the student's ids reads another text: {len(apart)} ids differ, first "
-            f"{apart[0]}, {ours.get(apart[0])!r} to the student and {theirs.get(apart[0])!r} to the teacher; "
-            "write a method for two tokenizers, GOLD(), ULD() or DSKD()"
-        )
 
 
 def _by_meaning(tokenizer: Any) -> dict[tuple[str, bytes], int]:

@@ -1,5 +1,7 @@
 """MonteCarlo: expectations over every sample, and the well-known wrong turns shown to be wrong."""
 
+from itertools import product
+
 import pytest
 import torch
 from tests.worlds import (
@@ -16,9 +18,13 @@ import fdiv
 from fdiv import MonteCarlo
 
 SAMPLES = ("q", "p", "behaviour")
-each_estimator = pytest.mark.parametrize(
-    "estimator", [MonteCarlo(s, g) for s in SAMPLES for g in ("score", "importance")], ids=repr
+ESTIMATORS = (
+    *(MonteCarlo(s, g) for s in SAMPLES for g in ("score", "importance")),
+    MonteCarlo("q", "potential"),
+    MonteCarlo("q", "straight-through"),
 )
+each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+each_source = pytest.mark.parametrize("estimator", [MonteCarlo(s) for s in SAMPLES], ids=repr)
 
 
 def chances(estimator, log_q):
@@ -45,9 +51,29 @@ def test_the_value_is_unbiased_and_never_negative(divergence, estimator):
 def test_the_surrogates_value_is_the_estimate_and_its_expected_gradient_is_exact(divergence, estimator):
     theta, log_q = six_symbols()
     surrogate = estimator.surrogate(divergence, *evidence(estimator, log_q))
-    close(surrogate, estimator(divergence, *evidence(estimator, log_q)), 1e-14)
+    if estimator.gradient != "potential":  # whose value is another function
+        close(surrogate, estimator(divergence, *evidence(estimator, log_q)), 1e-14)
     expected = gradient(divergence(LOG_P, log_q), theta)
     close(gradient(chances(estimator, log_q) @ surrogate, theta), expected)
+
+
+@each_divergence
+def test_at_each_sample_of_q_all_modes_have_the_same_gradient(divergence):
+    log_q = six_symbols()[1].detach().requires_grad_()
+    for mode in ("score", "importance", "potential", "straight-through"):
+        surrogate = MonteCarlo().surrogate(divergence, LOG_P, log_q, mode=mode)
+        close(gradient(surrogate.sum(), log_q), divergence.psi(LOG_P - log_q.detach()), 1e-13)
+
+
+@each_divergence
+def test_the_mode_of_one_call_takes_the_place_of_the_field(divergence):
+    theta, log_q = six_symbols()
+    for estimator in ESTIMATORS:
+        tensors = evidence(estimator, log_q)
+        of_field = estimator.surrogate(divergence, *tensors)
+        of_call = MonteCarlo(estimator.samples).surrogate(divergence, *tensors, mode=estimator.gradient)
+        assert torch.equal(of_call, of_field)
+        assert torch.equal(gradient(of_call.sum(), theta), gradient(of_field.sum(), theta))
 
 
 @each_divergence
@@ -85,6 +111,66 @@ def test_k3_is_f_of_reverse_kl_and_as_a_loss_follows_forward_kl():
     close(as_a_loss, gradient(fdiv.KL()(LOG_P, log_q), theta))
     reverse = gradient(fdiv.ReverseKL()(LOG_P, log_q), theta)
     assert (as_a_loss - reverse).norm() > 0.1 * reverse.norm()
+
+
+def test_the_symmetric_form_of_chi_square_as_a_loss_follows_half_of_it_and_forward_kl():
+    theta, log_q = six_symbols()
+    t = (log_q - LOG_P).exp()
+    symmetric = t + 1 / t - 2
+    close(MonteCarlo()(fdiv.Neyman(), LOG_P, log_q), symmetric, 1e-14)
+    as_a_loss = gradient(log_q.exp().detach() @ symmetric, theta)
+    mixed = 0.5 * fdiv.Neyman()(LOG_P, log_q) + fdiv.KL()(LOG_P, log_q)
+    close(as_a_loss, gradient(mixed, theta))
+    right = gradient(fdiv.Neyman()(LOG_P, log_q), theta)
+    assert (as_a_loss - right).norm() > 0.1 * right.norm()
+
+
+@each_divergence
+def test_the_value_as_a_reward_loses_what_moves_in_the_divergence_itself(divergence):
+    theta, log_q = six_symbols()
+    value = MonteCarlo()(divergence, LOG_P, log_q)
+    q, right = log_q.exp().detach(), gradient(divergence(LOG_P, log_q), theta)
+    as_reward = gradient((q * value.detach()) @ log_q, theta)
+    close(as_reward + gradient(q @ value, theta), right)  # the two halves of the product rule
+    assert (as_reward - right).norm() > 0.1 * right.norm()
+
+
+def test_k1_as_a_reward_is_right():
+    """It differs from the score of reverse KL by a constant."""
+    theta, log_q = six_symbols()
+    k1 = MonteCarlo()(fdiv.ReverseKL(), LOG_P, log_q, control=-1.0).detach()
+    close(k1, log_q.detach() - LOG_P, 1e-14)
+    as_reward = gradient((log_q.exp().detach() * k1) @ log_q, theta)
+    close(as_reward, gradient(fdiv.ReverseKL()(LOG_P, log_q), theta))
+
+
+@each_divergence
+def test_the_potential_is_wrong_at_samples_that_are_not_of_q(divergence):
+    theta, log_q = six_symbols()
+    h = MonteCarlo(gradient="potential").surrogate(divergence, LOG_P, log_q)
+    right = gradient(divergence(LOG_P, log_q), theta)
+    weight = (log_q - LOG_BEHAVIOUR).exp()
+    behaviour, q = LOG_BEHAVIOUR.exp(), log_q.exp().detach()
+    close(gradient(behaviour @ (weight.detach() * h), theta), right)  # the weight that it would need
+    in_graph = gradient(behaviour @ (weight * h), theta)
+    close(in_graph - right, gradient((q * h.detach()) @ log_q, theta))
+    psi = divergence.psi(LOG_P - log_q).detach()
+    at_p = gradient(LOG_P.exp() @ h, theta)
+    close(at_p, gradient((LOG_P.exp() * psi) @ log_q, theta))  # where f(u)/u has psi/u
+    for wrong in (in_graph, at_p, gradient(behaviour @ h, theta)):
+        assert (wrong - right).norm() > 0.05 * right.norm()
+
+
+def test_what_would_be_wrong_is_refused_and_what_to_write_is_said():
+    for mode in ("potential", "straight-through"):
+        for samples in ("p", "behaviour"):
+            instead = "MonteCarlo\\('p'\\)" if samples == "p" else "MonteCarlo\\('behaviour', 'score'\\)"
+            with pytest.raises(ValueError, match=instead):
+                MonteCarlo(samples, mode)
+            with pytest.raises(ValueError, match=instead):
+                MonteCarlo(samples).surrogate(fdiv.KL(), LOG_P, LOG_P, LOG_P, mode=mode)
+    with pytest.raises(ValueError, match="another divergence"):
+        MonteCarlo().surrogate(fdiv.KL(), LOG_P, LOG_P, mode="value")
 
 
 @each_divergence
@@ -141,10 +227,77 @@ def test_the_surrogates_value_survives_a_large_score():
 
 def test_where_policy_and_reference_agree_bitwise_value_and_gradient_are_zero():
     log_q = torch.tensor([-0.3, -7.0], requires_grad=True)
-    for estimator in (MonteCarlo("q"), MonteCarlo("q", "importance"), MonteCarlo("p")):
+    for estimator in (*(e for e in ESTIMATORS if e.samples == "q"), MonteCarlo("p")):
         value = estimator.surrogate(fdiv.JS(0.7), log_q.detach(), log_q)
         assert not value.any()
         assert not torch.autograd.grad(value.sum(), log_q)[0].any()
+
+
+@each_estimator
+def test_at_a_kink_the_gradient_is_zero(estimator):
+    log_q = torch.tensor([-0.3, -7.0], dtype=torch.float64, requires_grad=True)
+    tensors = (log_q.detach(), log_q, log_q.detach())[: len(estimator.evidence)]
+    value = estimator.surrogate(fdiv.TV(), *tensors)
+    assert not value.any()
+    assert not torch.autograd.grad(value.sum(), log_q)[0].any()
+
+
+# -- a control variate ---------------------------------------------------------------------------------
+
+
+@each_source
+@each_divergence
+def test_a_control_of_any_size_leaves_the_value_unbiased(divergence, estimator):
+    _, log_q = six_symbols()
+    tensors = evidence(estimator, log_q)
+    for control in (-1.0, 0.3, 2.0):
+        values = estimator(divergence, *tensors, control=control)
+        close(chances(estimator, log_q) @ values, divergence(LOG_P, log_q))
+    assert not torch.equal(values, estimator(divergence, *tensors))
+
+
+def test_the_control_of_either_kl_spans_k1_and_k3():
+    _, log_q = six_symbols()
+    k1, u = log_q - LOG_P, (LOG_P - log_q).exp()
+    for mix in (0.0, 0.4, 1.0):  # k1 + mix (u - 1)
+        value = MonteCarlo()(fdiv.ReverseKL(), LOG_P, log_q, control=mix - 1)
+        close(value, k1 + mix * (u - 1), 1e-14)
+        value = MonteCarlo("p")(fdiv.KL(), LOG_P, log_q, control=1 - mix)
+        close(value, -k1 + mix * (1 / u - 1), 1e-14)
+
+
+def spread(values, log_chance):
+    """The standard deviation."""
+    chance = log_chance.exp()
+    return (chance @ (values - chance @ values).square()).sqrt().item()
+
+
+def test_k3_has_the_smaller_spread_near_p_and_the_larger_one_far_away():
+    _, log_q = six_symbols()
+    ratios = {}
+    for distance in (0.01, 1.0, 1.5):
+        q = (LOG_P + distance * (log_q.detach() - LOG_P)).log_softmax(-1)
+        k3 = spread(MonteCarlo()(fdiv.ReverseKL(), LOG_P, q), q)
+        ratios[distance] = k3 / spread(MonteCarlo()(fdiv.ReverseKL(), LOG_P, q, control=-1.0), q)
+    assert ratios[0.01] < 0.02
+    assert ratios[1.5] > 1.5
+
+
+def test_a_control_that_is_fitted_to_the_same_samples_is_biased():
+    _, log_q = six_symbols()
+    u = (LOG_P - log_q).exp().detach() - 1
+    f = MonteCarlo()(fdiv.ReverseKL(), LOG_P, log_q).detach()
+    mean = 0.0
+    for batch in product(range(6), repeat=3):
+        x, y = u[list(batch)], f[list(batch)]
+        variance = (x - x.mean()).square().sum()
+        best = -((x - x.mean()) @ y) / variance if variance > 0 else 0.0
+        mean += log_q.detach()[list(batch)].sum().exp() * (y + best * x).mean()
+    truth = fdiv.ReverseKL()(LOG_P, log_q)
+    assert (mean - truth).abs() > 0.05 * truth
+
+
+# -- what is refused -----------------------------------------------------------------------------------
 
 
 @each_other_object

@@ -23,6 +23,7 @@ from fdiv import (  # noqa: E402
     KL,
     SFT,
     Alpha,
+    ChiKL,
     Exact,
     FusedLinear,
     MonteCarlo,
@@ -31,6 +32,9 @@ from fdiv import (  # noqa: E402
     TopK,
 )
 from fdiv.adapters.trl import DistillationTrainer, DPOTrainer, GRPOTrainer  # noqa: E402
+from fdiv.methods.prefer.chi_po import ChiPO  # noqa: E402
+from fdiv.methods.prefer.ipo import IPO  # noqa: E402
+from fdiv.methods.prefer.kto import KTO  # noqa: E402
 from fdiv.methods.rl.grpo import group_advantage  # noqa: E402
 
 COMMON = {
@@ -241,6 +245,55 @@ def test_preferences_are_trls_own_dpo(preferrer, method, theirs):
     other = TheirDPO._compute_loss(trainer, trainer.model, batch, False)
     equal(ours, other)
     equal(tiny.gradients(ours, trainer.model), tiny.gradients(other, trainer.model))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"loss": "sigmoid"}, "sigmoid"),
+        ({"loss": "hinge"}, "hinge"),
+        ({"loss": "ipo", "length_normalised": True}, "ipo"),
+        ({"loss": "sigmoid", "length_normalised": True}, "sigmoid_norm"),
+        ({"loss": "robust", "label_smoothing": 0.1}, "robust"),
+        ({"loss": "exo", "label_smoothing": 0.1}, "exo_pair"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize(
+    ("divergence", "kind"),
+    [
+        (ReverseKL(), "reverse_kl"),
+        (KL(), "forward_kl"),
+        (2 * JS(0.5), "js_divergence"),
+        (Alpha.trl(0.3), "alpha_divergence"),
+        (Alpha.fdpo(0.7), "alpha_divergence"),  # the paper's alpha runs the other way
+    ],
+    ids=repr,
+)
+def test_every_loss_under_every_divergence_is_trls(preferrer, monkeypatch, divergence, kind, ours, theirs):
+    trainer, batch = preferrer
+    lengths = batch["completion_mask"].sum(1)
+    assert len(lengths.unique()) > 1, "normalising by one length would be another beta"
+    knobs = {"beta": 0.3, "f_divergence_type": kind, "f_alpha_divergence_coef": 0.3, "loss_types": [theirs]}
+    for name, value in (knobs | {"label_smoothing": ours.get("label_smoothing", 0.0)}).items():
+        monkeypatch.setattr(trainer, name, value)
+    trainer.method = FDPO(divergence, beta=0.3, **ours)
+    own = trainer.compute_loss(trainer.model, batch)
+    other = TheirDPO._compute_loss(trainer, trainer.model, batch, False)
+    equal(own, other)
+    equal(tiny.gradients(own, trainer.model), tiny.gradients(other, trainer.model))
+
+
+def test_other_methods_of_whole_responses_are_trained_too(preferrer):
+    trainer, batch = preferrer
+    for method, same in (
+        (IPO(0.3, length_normalised=True), FDPO(beta=0.3, loss="ipo", length_normalised=True)),
+        (ChiPO(0.3), FDPO(ChiKL(0.5).reverse, beta=0.3)),
+    ):
+        trainer.method = method
+        loss = trainer.compute_loss(trainer.model, batch)
+        trainer.method = same
+        equal(loss, trainer.compute_loss(trainer.model, batch))
 
 
 def test_micro_batches_of_pairs_add_up_to_the_batch(preferrer):
@@ -577,6 +630,7 @@ def test_bfloat16_reaches_the_layers_and_not_the_loss(home):
         (distillation, GKD, r"takes a method, got <class"),
         (dpo, GKD(), r"consumes responses; write method=FDPO"),
         (dpo, KL(), r"takes a method, got KL\(\); write method=FDPO"),
+        (dpo, KTO(), r"reads log_ratio_mismatched, which TRL's pairs do not have"),
         (grpo, SFT(), r"consumes tokens; write method=GRPO"),
     ],
 )

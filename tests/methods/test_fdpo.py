@@ -1,15 +1,13 @@
-"""f-DPO: the paper's scores in fdiv's direction, its gradient, and the optimum that it must find.
+"""f-DPO: the paper's scores in fdiv's direction, its losses and their gradients.
 
 The paper's ratio is t = policy / reference; here u = reference / policy = 1 / t and l = log t.
 """
 
 import math
-from functools import cache
-from itertools import combinations
 
 import pytest
 import torch
-from tests.worlds import DIVERGENCES, close, gradient, kl_and_twice_its_reverse
+from tests.worlds import DIVERGENCES, close, gradient
 from torch.nn.functional import logsigmoid, softplus
 
 import fdiv
@@ -18,49 +16,45 @@ from fdiv.methods._method import Method
 
 L = torch.tensor([-9.0, -3.0, -0.4, 0.0, 0.2, 1.7, 8.0], dtype=torch.float64)
 
-ADMISSIBLE = (
-    fdiv.ReverseKL(),
-    fdiv.KL(),
-    fdiv.Jeffreys(),
-    fdiv.JS(0.1),
-    fdiv.JS(0.7),
-    2 * fdiv.JS(0.5),
-    fdiv.SkewReverseKL(0.1),
-    fdiv.Alpha(0.3),
-    fdiv.Alpha(1.7),
-    fdiv.SquaredHellinger(),
-    fdiv.Pearson(),
-    fdiv.SoftenedKL(),
-    fdiv.ChiKL(0.5),
-    fdiv.ChiKL(0.5).reverse,
-    0.7 * fdiv.KL() + 0.3 * fdiv.TV(),
-    fdiv.Generator(kl_and_twice_its_reverse),
-)
-# The paper's chi-square, Le Cam, alpha < 0 of ours (its power above 1), skewed reverse and softened KL.
-INADMISSIBLE = (
-    fdiv.Neyman(),
-    fdiv.TV(),
-    fdiv.Triangular(),
-    fdiv.Alpha(-0.5),
-    fdiv.SkewKL(0.1),
-    fdiv.SoftenedReverseKL(),
-)
+# The catalogue in both directions. Refused, with their f'(0): the paper's chi-square, total variation, Le
+# Cam, powers above 1 (ours below 0), skewed reverse KL and softened KL.
+CATALOGUE = {repr(d): d for given in DIVERGENCES for d in (given, given.reverse)}
+CATALOGUE |= {repr(d): d for d in (2 * fdiv.JS(0.5), fdiv.JS(0.5))}
+INADMISSIBLE = {
+    fdiv.Neyman(): -2.0,
+    fdiv.TV(): -0.5,
+    fdiv.Triangular(): -3.0,
+    fdiv.Alpha(-0.5): -1 / 0.5,
+    fdiv.Alpha(1.7).reverse: -1 / 0.7,
+    fdiv.SkewKL(0.1): -(0.9**2) / 0.1,
+    fdiv.SoftenedReverseKL(): -math.log(2),
+}
+ADMISSIBLE = [d for name, d in CATALOGUE.items() if name not in map(repr, INADMISSIBLE)]
 each_admissible = pytest.mark.parametrize("divergence", ADMISSIBLE, ids=repr)
 each_smooth = pytest.mark.parametrize("divergence", [d for d in ADMISSIBLE if d.is_smooth], ids=repr)
 
 
-def pairs(log_ratio_chosen, log_ratio_rejected):
+def pairs(log_ratio_chosen, log_ratio_rejected, lengths=None):
     """A method's arguments, with a reference of log-probability -1 everywhere."""
     p = torch.full_like(log_ratio_chosen, -1.0)
-    return {
+    given = {
         "log_p_chosen": p,
         "log_p_rejected": p,
         "log_q_chosen": p + log_ratio_chosen,
         "log_q_rejected": p + log_ratio_rejected,
     }
+    if lengths is not None:
+        given |= {"length_chosen": lengths[0], "length_rejected": lengths[1]}
+    return given
 
 
 # -- scores --------------------------------------------------------------------------------------------
+
+
+def mixed(x, share):
+    """log(share t + 1 - share)."""
+    return torch.logaddexp(x + math.log(share), torch.full_like(x, math.log(1 - share)))
+
 
 SCORES = [
     (fdiv.ReverseKL(), lambda x: x),
@@ -68,6 +62,10 @@ SCORES = [
     (2 * fdiv.JS(0.5), lambda x: math.log(2) + logsigmoid(x)),
     (fdiv.Alpha.fdpo(0.3), lambda x: (1 - (-0.3 * x).exp()) / 0.3),
     (fdiv.Alpha.fdpo(0.7), lambda x: (1 - (-0.7 * x).exp()) / 0.7),
+    (fdiv.Alpha(1.7), lambda x: torch.expm1(-1.7 * x) / -1.7),  # the power 1 - 1.7
+    (fdiv.JS(0.5), lambda x: (math.log(2) - softplus(-x)) / 2),
+    (fdiv.JS(0.1), lambda x: 0.9 * (x - mixed(x, 0.9))),  # 0.9 is the policy's share of the mixture
+    (fdiv.SkewReverseKL(0.1), lambda x: x - mixed(x, 0.1) + 0.1 - 0.1 * (x - mixed(x, 0.1)).exp()),
     (fdiv.ChiKL(0.5).reverse, lambda x: x + x.exp() - 1),  # chi-PO
     (fdiv.Jeffreys(), lambda x: x - torch.expm1(-x)),
     (fdiv.SquaredHellinger(), lambda x: -torch.expm1(-x / 2) / 2),
@@ -109,6 +107,30 @@ def test_reverse_kl_is_dpo():
     close(loss, -logsigmoid(0.3 * (L - L.flip(0) / 2)).mean(), 1e-14)
 
 
+# sup f', which bounds the reward from above at beta times it.
+BOUNDS = [
+    (fdiv.KL(), 1.0),
+    (2 * fdiv.JS(0.5), math.log(2)),
+    (fdiv.Alpha.fdpo(0.3), 1 / 0.3),
+    (fdiv.SquaredHellinger(), 0.5),
+    (fdiv.Pearson(), 1.0),
+    (fdiv.SoftenedKL(), 1 - math.log(2)),
+    (fdiv.SkewReverseKL(0.1), -math.log(0.1) - 0.9),
+    (fdiv.ReverseKL(), math.inf),
+    (fdiv.ChiKL(0.5).reverse, math.inf),
+]
+
+
+@by_divergence(BOUNDS, "bound")
+def test_rewards_range_from_minus_infinity_to_the_slope_at_infinity(divergence, bound):
+    assert divergence.f_at_zero == pytest.approx(bound)
+    high = FDPO(divergence).score(torch.zeros(2).double(), torch.tensor([90.0, 200.0]).double())
+    if bound < math.inf:
+        close(high, torch.full((2,), bound, dtype=torch.float64), 1e-9)
+    else:
+        assert high[1] > 2 * high[0] > 0
+
+
 # -- gradient ------------------------------------------------------------------------------------------
 
 
@@ -141,15 +163,16 @@ def test_the_reference_receives_no_gradient():
     assert reference.grad is None
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "robust", "exo"])
 @pytest.mark.parametrize("size", [95.0, 200.0, 1e4])
 @each_admissible
-def test_log_ratios_far_beyond_the_range_of_exp_give_finite_values_and_gradients(divergence, size):
+def test_log_ratios_far_beyond_the_range_of_exp_give_finite_values_and_gradients(divergence, size, loss):
     far = torch.tensor([size, size, -size, -size, 0.0])
     log_ratios = [
         far.clone().requires_grad_(),
         torch.tensor([-size, size, size, -size, size]).requires_grad_(),
     ]
-    method = FDPO(divergence)
+    method = FDPO(divergence, loss=loss, label_smoothing=0.1 if loss in ("robust", "exo") else 0.0)
     out = method(**pairs(*log_ratios))
     assert method.score(torch.zeros_like(far), far).isfinite().all()
     assert out.loss.isfinite()
@@ -157,102 +180,23 @@ def test_log_ratios_far_beyond_the_range_of_exp_give_finite_values_and_gradients
     assert all(value.isfinite() for value in out.metrics.values())
 
 
-# -- the optimum ---------------------------------------------------------------------------------------
-
-STRENGTHS = torch.tensor([1, 2, 3, 4])
-REWARDS = STRENGTHS.double().log()  # so that answer i beats j in i of i + j comparisons
-REFERENCE = torch.tensor([0.4, 0.1, 0.3, 0.2], dtype=torch.float64)
+# -- what is refused -----------------------------------------------------------------------------------
 
 
-def halve(function, low, high, steps=38):
-    """The root of an increasing function, elementwise."""
-    for _ in range(steps):
-        middle = (low + high) / 2
-        below = function(middle) < 0
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return (low + high) / 2
-
-
-@cache
-def optimum(divergence, beta):
-    """argmax over pi of E_pi[r] - beta D(reference, pi): where beta psi = r - multiplier, by bisection."""
-
-    def log_ratio(multiplier):  # [...] -> [..., answers]
-        target = (REWARDS - multiplier.unsqueeze(-1)) / beta
-        bounds = torch.full_like(target, -12.0), torch.full_like(target, 12.0)
-        return halve(lambda x: divergence.psi(-x) - target, *bounds)
-
-    low, high = REWARDS.min(), REWARDS.max()  # of the multiplier: pi/reference is 1 on average
-    for _ in range(4):
-        grid = torch.lerp(low, high, torch.linspace(0, 1, 1025, dtype=torch.float64))
-        mass = (REFERENCE * log_ratio(grid).exp()).sum(-1)  # falls as the multiplier grows
-        first = int((mass <= 1).nonzero()[0])
-        low, high = grid[max(first - 1, 0)], grid[first]
-    return REFERENCE * log_ratio((low + high) / 2).exp()
-
-
-def every_comparison():
-    """Winners and losers, each pair as often as Bradley and Terry's chances have it."""
-    rows = [
-        (i, j)
-        for a, b in combinations(range(4), 2)
-        for i, j, times in ((a, b, STRENGTHS[a]), (b, a, STRENGTHS[b]))
-        for _ in range(times)
-    ]
-    return torch.tensor(rows).T
-
-
-def compared(log_policy):
-    winners, losers = every_comparison()
-    return {
-        "log_p_chosen": REFERENCE.log()[winners],
-        "log_p_rejected": REFERENCE.log()[losers],
-        "log_q_chosen": log_policy[winners],
-        "log_q_rejected": log_policy[losers],
-    }
-
-
-def test_the_oracle_is_the_closed_form_of_reverse_kl():
-    closed = REFERENCE * (REWARDS / 0.5).exp()
-    close(optimum(fdiv.ReverseKL(), beta=0.5), closed / closed.sum(), 1e-10)
-
-
-@each_smooth
-def test_reward_differences_are_read_off_the_optimum(divergence):
-    best = optimum(divergence, beta=2.0)
-    assert abs(best.sum() - 1) < 1e-9
-    rewards = 2.0 * FDPO(divergence, beta=2.0).score(REFERENCE.log(), best.log())
-    close(rewards - rewards[0], REWARDS - REWARDS[0], 1e-8)
-
-
-@each_smooth
-def test_training_on_all_comparisons_converges_to_the_optimum(divergence):
-    method = FDPO(divergence, beta=2.0)
-    logits = REFERENCE.log().clone().requires_grad_()
-    optimiser = torch.optim.LBFGS(
-        [logits], max_iter=100, tolerance_grad=1e-8, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
-
-    def closure():
-        optimiser.zero_grad()
-        loss = method(**compared(logits.log_softmax(-1))).loss
-        loss.backward()
-        return loss
-
-    optimiser.step(closure)
-    close(logits.detach().softmax(-1), optimum(divergence, beta=2.0), 1e-6)
-
-
-@pytest.mark.parametrize("divergence", INADMISSIBLE, ids=repr)
-def test_a_bounded_price_for_leaving_a_response_is_refused_with_the_reason(divergence):
+@pytest.mark.parametrize(("divergence", "slope"), INADMISSIBLE.items(), ids=repr)
+def test_a_bounded_price_for_leaving_a_response_is_refused_with_the_reason(divergence, slope):
     with pytest.raises(TypeError, match="optima drop responses and no reward can be recovered") as refusal:
         FDPO(divergence)
+    assert f"f'(0) = {slope:.4g} > -inf" in str(refusal.value)
     assert f"{divergence!r} + 0.1 * ReverseKL()" in str(refusal.value)
     FDPO(divergence + 0.1 * fdiv.ReverseKL())  # what the message says to write
 
 
-def test_every_divergence_of_the_catalogue_is_listed_on_one_side():
-    assert {repr(d) for d in DIVERGENCES} <= {repr(d) for d in ADMISSIBLE + INADMISSIBLE}
+@each_admissible
+def test_all_others_of_the_catalogue_are_admitted(divergence):
+    assert FDPO(divergence).divergence == divergence
+    low = FDPO(divergence).score(torch.zeros(2).double(), torch.tensor([-20.0, -200.0]).double())
+    assert low[1] < 2 * low[0] < 0  # f' falls without bound
 
 
 def test_what_is_no_f_divergence_is_refused():
@@ -261,10 +205,16 @@ def test_what_is_no_f_divergence_is_refused():
             FDPO(other)
 
 
-# -- losses and metrics --------------------------------------------------------------------------------
+# -- losses ---------------------------------------------------------------------------------------------
 
 
-def test_label_smoothing_hinge_and_ipo_have_their_closed_values():
+def at(margin, **settings):
+    """The loss of a single pair under reverse KL at beta 1, whose margin is this."""
+    margin = torch.as_tensor(margin, dtype=torch.float64).reshape(1)
+    return FDPO(beta=1.0, **settings)(**pairs(margin, torch.zeros_like(margin))).loss
+
+
+def test_every_loss_has_its_closed_value():
     chosen, rejected = L, L.flip(0) / 2
     gap = (-rejected).exp() - (-chosen).exp()  # of the scores 1 - 1/t
     arguments = pairs(chosen, rejected)
@@ -273,15 +223,147 @@ def test_label_smoothing_hinge_and_ipo_have_their_closed_values():
         return FDPO(fdiv.KL(), beta=0.2, **settings)(**arguments).loss
 
     margin = 0.2 * gap
-    close(loss(), -logsigmoid(margin).mean())
-    close(loss(label_smoothing=0.1), -(0.9 * logsigmoid(margin) + 0.1 * logsigmoid(-margin)).mean())
+    right, wrong = logsigmoid(margin), logsigmoid(-margin)
+    close(loss(), -right.mean())
+    close(loss(label_smoothing=0.1), -(0.9 * right + 0.1 * wrong).mean())
     close(loss(loss="hinge"), (1 - margin).relu().mean())
     close(loss(loss="ipo"), (gap - 1 / 0.4).square().mean())
+    close(loss(loss="robust", label_smoothing=0.1), (0.1 * wrong - 0.9 * right).mean() / 0.8)
+    q = torch.stack([margin.sigmoid(), (-margin).sigmoid()], -1)
+    kl = fdiv.KL()(q.log(), torch.tensor([0.9, 0.1], dtype=torch.float64).log().expand_as(q))
+    close(loss(loss="exo", label_smoothing=0.1), kl.mean())
+
+
+def test_robust_is_the_plain_loss_on_average_over_flipped_labels():
+    for margin in (-2.0, 0.3, 5.0):
+        both = [at(m, loss="robust", label_smoothing=0.3) for m in (margin, -margin)]
+        close(0.7 * both[0] + 0.3 * both[1], at(margin), 1e-12)
+    close(at(0.7, loss="robust"), at(0.7), 1e-14)
+
+
+def test_robust_has_no_lower_bound_on_a_single_pair():
+    assert at(1e4, loss="robust", label_smoothing=0.1) == pytest.approx(-0.1 / 0.8 * 1e4)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "exo"])
+def test_smoothed_labels_are_fitted_by_their_log_odds(loss):
+    margin = torch.tensor(math.log(9), dtype=torch.float64, requires_grad=True)
+    value = at(margin, loss=loss, label_smoothing=0.1)
+    assert abs(gradient(value, margin)) < 1e-15
+    entropy = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))
+    assert value.item() == pytest.approx({"sigmoid": entropy, "exo": 0.0}[loss], abs=1e-14)
+    for other in (-3.0, 1.0, 3.0, 40.0):
+        assert at(other, loss=loss, label_smoothing=0.1) > value
 
 
 def test_ipo_is_zero_at_its_margin():
     chosen, rejected = torch.tensor([2.5 + 1.0]).double(), torch.tensor([1.0]).double()
     assert FDPO(beta=0.2, loss="ipo")(**pairs(chosen, rejected)).loss < 1e-20
+
+
+def test_ipo_squares_what_has_a_square_and_says_what_has_not():
+    far, zero = torch.tensor([1e4, -1e4]), torch.zeros(2)
+    close(FDPO(loss="ipo")(**pairs(far, zero)).loss, torch.tensor((9995**2 + 10005**2) / 2), 1e-6)
+    with pytest.raises(ValueError, match=r"square a margin of \d.*e\+.*loss='sigmoid', or a divergence"):
+        FDPO(fdiv.KL(), loss="ipo")(**pairs(far, zero))
+    with pytest.raises(ValueError, match=r"too large for torch.float64"):
+        FDPO(fdiv.Pearson(), loss="ipo")(**pairs(far.double(), zero.double()))
+
+
+# -- lengths --------------------------------------------------------------------------------------------
+
+LENGTHS = (torch.tensor([1.0, 2, 3, 4, 5, 6, 7]).double(), torch.tensor([7.0, 3, 2, 9, 1, 2, 4]).double())
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo"])
+def test_scores_are_divided_by_lengths_before_their_difference(loss):
+    chosen, rejected = L, L.flip(0) / 2
+    per_token = -torch.expm1(-chosen) / LENGTHS[0] + torch.expm1(-rejected) / LENGTHS[1]
+    value = {
+        "sigmoid": -logsigmoid(0.2 * per_token),
+        "hinge": (1 - 0.2 * per_token).relu(),
+        "ipo": (per_token - 2.5).square(),
+    }[loss]
+    method = FDPO(fdiv.KL(), beta=0.2, loss=loss, length_normalised=True)
+    out = method(**pairs(chosen, rejected, LENGTHS))
+    close(out.loss, value.mean())
+    close(out.metrics["margin"], 0.2 * per_token.mean())  # the reward that is optimised
+    close(out.metrics["reward_chosen"], -0.2 * (torch.expm1(-chosen) / LENGTHS[0]).mean())
+    close(out.metrics["log_ratio_chosen"], chosen.mean())  # the plain one
+    close(FDPO(fdiv.KL(), loss=loss, length_normalised=True)(**pairs(L, L / 2, [torch.ones(7)] * 2)).loss,
+          FDPO(fdiv.KL(), loss=loss)(**pairs(L, L / 2)).loss)  # fmt: skip
+
+
+@each_admissible
+def test_an_answer_that_is_as_likely_as_before_has_score_zero_at_any_length(divergence):
+    """A constant in f' would cancel between equal lengths and nowhere else."""
+    zero = torch.zeros(7, dtype=torch.float64)
+    out = FDPO(divergence, length_normalised=True)(**pairs(zero, zero, LENGTHS))
+    assert out.metrics["reward_chosen"].abs() < 1e-14 and out.metrics["reward_rejected"].abs() < 1e-14
+    close(out.loss, torch.tensor(math.log(2), dtype=torch.float64), 1e-12)
+
+
+@each_smooth
+def test_an_empty_answer_has_score_zero_and_no_gradient(divergence):
+    chosen, rejected = torch.tensor([0.0, 1.0]).requires_grad_(), torch.tensor([0.3, 0.0]).requires_grad_()
+    lengths = torch.tensor([0.0, 2.0]), torch.tensor([3.0, 0.0])
+    method = FDPO(divergence, length_normalised=True)
+    out = method(**pairs(chosen, rejected, lengths))
+    slopes = [gradient(out.loss, side) for side in (chosen, rejected)]
+    assert slopes[0][0] == 0 and slopes[1][1] == 0
+    assert slopes[0][1] < 0 < slopes[1][0]
+    assert out.loss.isfinite() and all(value.isfinite() for value in out.metrics.values())
+
+
+def test_lengths_are_read_where_they_are_used():
+    assert FDPO().reads == ("log_p_chosen", "log_p_rejected", "log_q_chosen", "log_q_rejected")
+    assert FDPO(length_normalised=True).reads == (*FDPO().reads, "length_chosen", "length_rejected")
+    with pytest.raises(TypeError, match=r"write FDPO\(length_normalised=True\)"):
+        FDPO()(**pairs(L, L, LENGTHS))
+    with pytest.raises(TypeError, match="needs both length_chosen and length_rejected"):
+        FDPO(length_normalised=True)(**pairs(L, L))
+    with pytest.raises(TypeError, match="needs both"):
+        FDPO(length_normalised=True)(**pairs(L, L), length_chosen=LENGTHS[0])
+
+
+# -- degenerate batches -----------------------------------------------------------------------------------
+
+
+@each_smooth
+def test_pairs_of_equal_answers_pull_as_much_as_they_push(divergence):
+    chosen, rejected = (torch.full((3,), 0.7).requires_grad_() for _ in range(2))
+    out = FDPO(divergence)(**pairs(chosen, rejected))
+    close(out.loss, torch.tensor(math.log(2)), 1e-6)
+    close(gradient(out.loss, chosen), -gradient(out.loss, rejected))
+    assert out.metrics["accuracy"] == 0
+
+
+def test_no_pairs_at_all_have_loss_zero_and_keep_the_graph():
+    for loss in ("sigmoid", "ipo"):
+        none = torch.zeros(0, requires_grad=True)
+        out = FDPO(loss=loss)(**pairs(none, none))
+        assert out.loss == 0 and gradient(out.loss, none).shape == (0,)
+
+
+@pytest.mark.parametrize("whose", ["reference", "policy"])
+@pytest.mark.parametrize("divergence", [fdiv.ReverseKL(), fdiv.KL()], ids=repr)
+def test_an_answer_without_mass_is_named(divergence, whose):
+    given = pairs(torch.zeros(3), torch.zeros(3))
+    side = "log_p_rejected" if whose == "reference" else "log_q_chosen"
+    given[side] = torch.tensor([-1.0, -2.0, -math.inf])
+    with pytest.raises(ValueError, match=f"the {whose} gives probability 0 to a response of pair 2.*leave"):
+        FDPO(divergence)(**given)
+
+
+def test_half_precision_is_computed_in_float32():
+    """The difference of two log-probabilities near -300 has no digits left in bfloat16."""
+    p, q = (torch.tensor([x], dtype=torch.bfloat16) for x in (-300.0, -302.0))
+    out = FDPO(beta=1.0)(log_p_chosen=p, log_p_rejected=p, log_q_chosen=q, log_q_rejected=p)
+    assert out.loss.dtype == torch.float32
+    assert out.loss.item() == pytest.approx(math.log1p(math.exp(2.0)))
+
+
+# -- metrics --------------------------------------------------------------------------------------------
 
 
 @each_admissible
@@ -309,15 +391,16 @@ def test_log_ratios_that_were_continued_linearly_are_counted():
 def test_wrong_settings_are_refused():
     for settings, message in (
         ({"beta": 0.0}, "beta must be > 0"),
-        ({"loss": "exo"}, "'sigmoid', 'hinge' or 'ipo'"),
+        ({"loss": "exo_pair"}, "one of 'sigmoid', 'robust', 'exo', 'hinge', 'ipo', got 'exo_pair'"),
+        ({"loss": "exo"}, "infinite for certain ones; write label_smoothing=0.001"),
         ({"label_smoothing": 0.5}, r"\[0, 0.5\)"),
-        ({"label_smoothing": 0.1, "loss": "ipo"}, "belongs to loss='sigmoid'"),
+        ({"label_smoothing": 0.1, "loss": "ipo"}, "belongs to loss='sigmoid', 'robust' or 'exo'"),
     ):
         with pytest.raises(ValueError, match=message):
             FDPO(**settings)
 
 
 def test_the_object_is_its_recipe_and_keeps_the_contract():
-    method = FDPO(fdiv.ChiKL(0.5).reverse, beta=0.3, loss="hinge")
+    method = FDPO(fdiv.ChiKL(0.5).reverse, beta=0.3, loss="hinge", length_normalised=True)
     assert fdiv.parse(repr(method)) == method
     assert isinstance(method, Method)

@@ -13,7 +13,8 @@ from fdiv.methods._method import Method
 
 INSTEAD = {
     "beta": "write FDPO(beta={value!r})",
-    "loss_type": "write FDPO(loss='sigmoid'), 'hinge' or 'ipo'; use trl.DPOTrainer for its other losses",
+    "loss_type": "write FDPO(loss='sigmoid'), 'hinge', 'ipo', 'robust' or 'exo' (exo_pair), and "
+    "length_normalised=True for TRL's ipo and sigmoid_norm; use trl.DPOTrainer for its other losses",
     "loss_weights": "train under one loss",
     "f_divergence_type": "write FDPO(divergence=...): ReverseKL(), KL(), 2 * JS(0.5), Alpha.trl(c)",
     "f_alpha_divergence_coef": "write FDPO(divergence=Alpha.trl({value!r}))",
@@ -30,6 +31,8 @@ NAMES = {
     "margin": "rewards/margins",
 }
 Pair = tuple[Tensor, Tensor]  # of chosen and rejected responses
+WITHOUT_LENGTHS = ("log_p_chosen", "log_p_rejected", "log_q_chosen", "log_q_rejected")
+READABLE = {*WITHOUT_LENGTHS, "length_chosen", "length_rejected"}
 NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
 
 
@@ -43,6 +46,11 @@ class DPOTrainer(host.DPOTrainer):
 
     def __init__(self, *, method: Method, args: Any = None, **options: Any):
         require_method(method, ("pairs",), "DPOTrainer", "method=FDPO(ReverseKL(), beta=0.1)")
+        if unknown := set(getattr(method, "reads", WITHOUT_LENGTHS)) - READABLE:
+            raise TypeError(
+                f"{method!r} reads {', '.join(sorted(unknown))}, which TRL's pairs do not have; train it "
+                "by a recipe, or write a method of whole responses such as FDPO()"
+            )
         if args is not None:
             refuse_options(args, DPOConfig, INSTEAD)
         self.method = method
@@ -56,9 +64,7 @@ class DPOTrainer(host.DPOTrainer):
         outputs = self._scored(model, arguments, inputs)
         log_q = _per_response(outputs.log_probs, inputs)
         log_p = self._reference(inputs)
-        out = self.method(
-            log_p_chosen=log_p[0], log_p_rejected=log_p[1], log_q_chosen=log_q[0], log_q_rejected=log_q[1]
-        )
+        out = self.method(**self._readable(log_p, log_q, inputs))
         loss = out.loss
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
@@ -67,6 +73,16 @@ class DPOTrainer(host.DPOTrainer):
             return loss
         with torch.no_grad():  # the scored forward pass makes no logits
             return loss, model(**arguments)
+
+    def _readable(self, log_p: Pair, log_q: Pair, inputs: dict) -> dict[str, Tensor]:
+        scored = inputs["completion_mask"][:, 1:].sum(1)  # the first token of a text has no prediction
+        lengths = scored.to(log_q[0].dtype).chunk(2)
+        menu = {
+            f"{name}_{side}": pair[i]
+            for name, pair in (("log_p", log_p), ("log_q", log_q), ("length", lengths))
+            for i, side in enumerate(("chosen", "rejected"))
+        }
+        return {name: menu[name] for name in getattr(self.method, "reads", WITHOUT_LENGTHS)}
 
     def _scored(self, model: Any, arguments: dict, inputs: dict) -> Any:
         """log_probs, entropy, mean_logits and is_top1 of each completion token, [2 pairs, S - 1]."""

@@ -18,13 +18,13 @@ ELSEWHERE = "use trl.GRPOTrainer for it"
 INSTEAD = {
     "beta": "write GRPO(beta={value!r})",
     "epsilon": "write GRPO(clip={value!r})",
-    "epsilon_high": "write GRPO(clip=...), which clips alike on both sides",
+    "epsilon_high": "write GRPO(clip=(low, high))",
     "use_bias_correction_kl": "write GRPO(estimator=MonteCarlo()), whose gradient is the divergence's own",
-    "loss_type": "GRPO's loss is 'dapo', the mean over the tokens of the global batch",
+    "loss_type": "write GRPO(aggregate='tokens') for 'dapo', 'sequences' for 'grpo', a length for 'dr_grpo'",
+    "importance_sampling_level": "write GRPO(ratio={value!r})",
 } | dict.fromkeys(
     (
         "delta",
-        "importance_sampling_level",
         "off_policy_mask_threshold",
         "top_entropy_quantile",
         "entropy_coef",
@@ -82,7 +82,7 @@ class GRPOTrainer(host.GRPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
-        _check(args)
+        _check(args, method)
         args = copy.copy(args)
         args.beta = method.beta  # TRL loads and scores a reference if its beta is not 0
         self.method = method
@@ -106,20 +106,21 @@ class GRPOTrainer(host.GRPOTrainer):
             advantage=inputs["advantages"],
             mask=mask,
             count=count,
+            sequences=self._sequences(len(mask), model.training),
             **seen.evidence,
         )
-        self._record(out, seen, (seen.log_policy - log_behaviour).exp(), mask)
+        self._record(out, seen, mask)
         if seen.router_loss is None:
             return out.loss
         # TRL leaves it to this function to scale by the micro-batches of a step.
         parts = self.current_gradient_accumulation_steps if model.training else 1
         return out.loss + self.router_aux_loss_coef * seen.router_loss / parts
 
-    def _record(self, out: Out, seen: Seen, ratio: Tensor, mask: Tensor) -> None:
-        log, clipped = log_of(self), (ratio - 1).abs() > self.method.clip
+    def _record(self, out: Out, seen: Seen, mask: Tensor) -> None:
+        log = log_of(self)
         log["entropy"].append(masked_mean(self.accelerator, seen.entropy, mask))
-        log["ratio"].append(masked_mean(self.accelerator, ratio, mask))
-        log["clip_ratio/region_mean"].append(masked_mean(self.accelerator, clipped, mask))
+        log["ratio"].append(mean(self.accelerator, out.metrics["ratio"]))
+        log["clip_ratio/region_mean"].append(mean(self.accelerator, out.metrics["clipped"]))
         if "divergence" in out.metrics:
             log["divergence"].append(mean(self.accelerator, out.metrics["divergence"]))
         if seen.router_loss is not None:
@@ -133,6 +134,10 @@ class GRPOTrainer(host.GRPOTrainer):
         # TRL counts over all it generated at once, which may last for several steps or for part of one.
         args: Any = self.args
         return count * self.current_gradient_accumulation_steps / args.steps_per_generation
+
+    def _sequences(self, rows: int, training: bool) -> float:
+        """The sequences of the global batch, likewise: every micro-batch has as many."""
+        return rows * (self.current_gradient_accumulation_steps if training else 1)
 
     def _see_tokens(self, model: Any, inputs: dict) -> Seen:
         log_policy, entropy, router_loss = self._get_per_token_logps_and_entropies(
@@ -174,8 +179,13 @@ def _sequences(inputs: dict) -> tuple[Tensor, Tensor, int]:
     return ids, mask, inputs["completion_ids"].shape[1]
 
 
-def _check(args: Any) -> None:
+def _check(args: Any, method: GRPO) -> None:
     refuse_options(args, GRPOConfig, INSTEAD)
+    if method.advantage == "mean" and args.scale_rewards not in (False, "none"):
+        raise ValueError(
+            f"{method!r} does not divide by the group's deviation, and TRL makes the advantages: write "
+            "GRPOConfig(scale_rewards=False)"
+        )
     if args.use_vllm and args.vllm_importance_sampling_correction:
         raise ValueError(
             "the ratio between vLLM's and the trainer's probabilities is no part of the method: write "

@@ -1,0 +1,1 @@
+"""Plans that hold up under other dynamics than those of the data."""

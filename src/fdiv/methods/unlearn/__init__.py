@@ -1,0 +1,1 @@
+"""Taking what a model has learnt away from it."""

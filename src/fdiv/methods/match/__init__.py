@@ -1,0 +1,1 @@
+"""Matching a target distribution that can be scored but not sampled."""

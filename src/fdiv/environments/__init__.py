@@ -1,0 +1,1 @@
+"""Worlds of states and actions, and small training loops on them, for the papers that need them."""

@@ -220,6 +220,15 @@ def test_a_constraint_whose_square_overflows_is_refused(divergence):
         DisCO(divergence)(**given)
 
 
+def test_an_answer_that_the_policy_has_stopped_writing_has_a_ratio_and_no_log_likelihood():
+    log_policy, given = batch()
+    given["log_policy"] = torch.where(torch.arange(44).reshape(11, 4) == 5, -math.inf, log_policy)
+    out = DisCO(score="ratio")(**given)
+    assert out.loss.isfinite() and gradient(out.loss, log_policy).isfinite().all()
+    with pytest.raises(ValueError, match="gives one of its tokens no mass"):
+        DisCO()(**given)
+
+
 @pytest.mark.parametrize("rubbish", [math.nan, math.inf, -math.inf])
 def test_masked_tokens_are_not_looked_at(rubbish):
     log_policy, given = batch()

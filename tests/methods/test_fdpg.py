@@ -223,6 +223,13 @@ def test_far_away_and_empty_answers_have_finite_gradients(divergence, dtype):
     assert not grad.reshape(4, 2)[~mask].any()
 
 
+@pytest.mark.parametrize("far", [1e4, -1e4])
+def test_the_effective_sample_size_does_not_depend_on_the_scale_of_the_target(far):
+    _, tokens = policy()
+    near, moved = (FDPG()(**given(TILTED + s, tokens, log_partition=torch.zeros(27))) for s in (0.0, far))
+    close(moved.metrics["ess"], near.metrics["ess"], 1e-9)
+
+
 def test_a_prompt_without_any_accepted_answer_still_pushes_its_answers_down():
     """p is 0 at each of them, whatever Z is."""
     log_q = torch.full((2, 3), -1.0, dtype=torch.float64, requires_grad=True)

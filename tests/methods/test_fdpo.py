@@ -270,6 +270,14 @@ def test_ipo_squares_what_has_a_square_and_says_what_has_not():
         FDPO(fdiv.Pearson(), loss="ipo")(**pairs(far.double(), zero.double()))
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo"])
+def test_a_score_that_no_number_holds_is_refused(loss):
+    """Two infinite scores have no difference."""
+    far = torch.tensor([-1e4, 0.0])
+    with pytest.raises(ValueError, match=r"score of Alpha\(alpha=2.5\) at log reference/policy = 1e\+04"):
+        FDPO(fdiv.Alpha(2.5), loss=loss)(**pairs(far, far))
+
+
 # -- lengths --------------------------------------------------------------------------------------------
 
 LENGTHS = (torch.tensor([1.0, 2, 3, 4, 5, 6, 7]).double(), torch.tensor([7.0, 3, 2, 9, 1, 2, 4]).double())

@@ -264,6 +264,12 @@ def test_a_token_without_probability_has_no_mean_log_probability():
         loss(fdiv.KL(), torch.tensor([-math.inf, -1.0]), torch.tensor([0, 1]), 1, stat="logprob")
 
 
+def test_a_statistic_that_has_no_finite_price_is_refused():
+    far = torch.tensor([-1e4, -1.0], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"too small for .*write stat='prob'"):
+        loss(fdiv.Alpha(-1.5), far, torch.tensor([0, 1]), 1, stat="logprob")
+
+
 def test_pearsons_price_is_flat_beyond_its_slopes():
     log_q = torch.tensor([-1.0, -2.5], dtype=torch.float64, requires_grad=True)
     out = loss(fdiv.Pearson(), log_q, torch.tensor([0, 1]), 1, stat="logprob")

@@ -112,6 +112,11 @@ def test_an_answer_that_the_reference_never_gives_is_refused():
         NPO()(log_p_rejected=torch.tensor([-math.inf, -1.0]), log_q_rejected=torch.tensor([-3.0, -3.0]))
 
 
+def test_a_score_that_no_number_holds_is_refused():
+    with pytest.raises(ValueError, match=r"score of Alpha\(alpha=-3.0\) is beyond torch.float32"):
+        NPO(fdiv.Alpha(-3.0))(log_p_rejected=torch.tensor([-200.0]), log_q_rejected=torch.tensor([-3.0]))
+
+
 @pytest.mark.parametrize("divergence", [fdiv.TV(), fdiv.KL() + fdiv.TV()], ids=repr)
 def test_a_score_that_jumps_at_the_reference_is_refused(divergence):
     with pytest.raises(TypeError, match="jumps where the policy is the reference"):

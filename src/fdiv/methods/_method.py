@@ -19,6 +19,7 @@ READABLE = {
     "by_student": "[R] whether the student wrote it (a dataset or the teacher wrote the others)",
     "log_p_label": "[R] the teacher's log-probability of the token, at temperature 1",
     "log_q_label": "[R] the student's, with its gradient",
+    "label_logit, state_value": "[R] the student's logit of the token, and logsumexp of all logits there",
     "log_behaviour": "[R] that of whoever wrote it, as it was drawn; by_student rows only, else log_q_label",
     "passes": "[R] how many of the `tries` answers to the row's prompt the task's verifier accepted",
     "tries": "[R] how many answers it was shown",
@@ -43,6 +44,41 @@ READABLE_IN_TWO = {
     "p_count": "the teacher's tokens in the global batch, as `count` is the student's",
 }
 
+# What one that consumes "pairs" can ask for in `reads`; without it, it is handed the first four. Rows are the
+# R tokens of both responses, those of all chosen ones first.
+READABLE_IN_PAIRS = {
+    "log_p_chosen, log_p_rejected": "[pairs] the reference's log-probability of whole responses",
+    "log_q_chosen, log_q_rejected": "[pairs] the policy's, with its gradient",
+    "length_chosen, length_rejected": "[pairs] their tokens",
+    "log_p_label, log_q_label": "[R] the same, of each token",
+    "sequence": "[R] the number of its response: below `pairs` those of chosen ones, then the others",
+    "pairs": "the pairs of this call",
+    "pairs_in_batch": "those of the global batch; one that does not ask returns a mean over its pairs",
+    "log_ratio_mismatched": "[pairs in batch] log q - log p of chosen responses to another pair's prompt",
+    "p_states": "[R, layers, width] the reference's hidden states, which predict the token",
+    "p_activations": "[R, modules] its activations, averaged over hidden units",
+    "module": "what the method's module(width, layers) made, which is trained beside the policy",
+    "log_p_retain_label, log_q_retain_label, retain_sequence": "[rows] of text that is not to be unlearnt",
+}
+
+# And one that consumes "rollouts", beside log_policy, log_behaviour and mask [B, T], and count; without
+# `reads` it is handed `advantage` and its estimator's evidence.
+READABLE_IN_ROLLOUTS = {
+    "advantage": "[B] the reward, normalised within the group",
+    "reward": "[B] of the task",
+    "correct": "[B] whether the task's verifier accepted the answer",
+    "group": "[B] the number of the answer's group, ascending from 0; unit = 'group' keeps groups whole",
+    "parent, branch": "[B] the answer of the group that one branches off, or -1; the tokens it keeps",
+    "sequences, groups": "numbers of the global batch",
+    "log_p, log_q": "[B, T] the reference's and the policy's log-probability of the token",
+    "batch_value": "the mean over the global batch's tokens of the method's survey(...) of tensors [B, T]",
+    "log_target": "[B] log of the unnormalised target at the answer, as the method's `target` says",
+    "log_partition": "[B] the running estimate of its normaliser at the prompt",
+    "stored_log_policy, stored_log_initial, stored_mask": "[b, T] of rehearsed answers, see DPH",
+    "stored_count": "their tokens in the global batch",
+    "progress, state": "as above",
+}
+
 
 class Out(NamedTuple):
     """A scalar loss to call backward on, and numbers to log (detached)."""
@@ -56,7 +92,8 @@ class Method(Protocol):
     """One paper: a frozen dataclass with a divergence, called with named tensors.
 
     `consumes` says what a step is made of: "tokens" (text with labels), "responses" (and a teacher),
-    "pairs" (chosen and rejected), "rollouts" (sampled groups with rewards).
+    "pairs" (chosen and rejected), "rollouts" (sampled groups with rewards). `reads` names what is handed
+    over, of READABLE, READABLE_IN_PAIRS or READABLE_IN_ROLLOUTS.
 
     One that consumes "responses" may state more, each as a field or a property: `estimator` (its evidence is
     handed over by name), `reads` (names of READABLE), `sampler` (who writes the responses, see fdiv.sample),

@@ -39,6 +39,20 @@ def log_ratios(log_p: tuple[Tensor, Tensor], log_q: tuple[Tensor, Tensor]) -> Te
     return reference - policy
 
 
+def finite_scores(divergence: FDivergence, log_ratio: Tensor) -> Tensor:
+    """psi, which a steep divergence makes too large for a number: the difference of two such is nan."""
+    scores = divergence.psi(log_ratio)
+    broken = scores.detach().isinf()
+    if bool(broken.any()):
+        where = log_ratio.detach()[broken][0].item()
+        raise ValueError(
+            f"the score of {divergence!r} at log reference/policy = {where:.4g} is beyond {scores.dtype}: "
+            "the policy has left the reference too far for it; write a divergence with milder scores, such "
+            "as ReverseKL()"
+        )
+    return scores
+
+
 def reward_metrics(rewards: Tensor, log_ratio: Tensor) -> dict[str, Tensor]:
     """Means over pairs: of the reward that is optimised [2, pairs], and of the plain log-ratio beside it."""
     with torch.no_grad():

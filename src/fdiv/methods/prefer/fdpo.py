@@ -28,7 +28,7 @@ from torch.nn.functional import logsigmoid
 from fdiv._divergence import FDivergence
 from fdiv.divergences.kl import ReverseKL
 from fdiv.methods._method import Consumes, Out, mean_over_tokens
-from fdiv.methods.prefer._rewards import log_ratios, require_steep, reward_metrics
+from fdiv.methods.prefer._rewards import finite_scores, log_ratios, require_steep, reward_metrics
 
 SUMS = ("log_p_chosen", "log_p_rejected", "log_q_chosen", "log_q_rejected")
 LENGTHS = ("length_chosen", "length_rejected")
@@ -96,7 +96,8 @@ class FDPO:
         length_*: their tokens, which `length_normalised` asks for, and nothing else.
         """
         log_ratio = log_ratios((log_p_chosen, log_p_rejected), (log_q_chosen, log_q_rejected))
-        scores = self._per_token(self.divergence.psi(log_ratio), length_chosen, length_rejected)
+        scores = finite_scores(self.divergence, log_ratio)
+        scores = self._per_token(scores, length_chosen, length_rejected)
         loss = mean_over_tokens(self._loss(scores[0] - scores[1]))
         return Out(loss, reward_metrics(self.beta * scores, log_ratio))
 

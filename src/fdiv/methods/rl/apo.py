@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fdiv._divergence import FDivergence, require_f_divergence
 from fdiv.divergences.kl import ReverseKL
+from fdiv.estimate import _far
 from fdiv.estimate.monte_carlo import MonteCarlo
 from fdiv.estimate.tokens import per_token
 from fdiv.methods._method import Consumes, Out, blank, mean_over_tokens
@@ -40,9 +41,10 @@ class APO:
     """GRPO whose penalty is weighted by how hard the question is, and whose wrong answers pay for length.
 
     sharpness: the e in w(d); None is w = 1. length_rate: the 0.00001 of STCR, a token; 0 turns it off.
-    The penalty is the mean of w f(u) over the policy's own answers; its gradient, exact on-policy, is that
-    of this mean: a weight that depends on how an answer ends is felt by all of its tokens. aggregate: see
-    clipping.py; the authors' is "sequences".
+    The penalty is the mean of w f(u) over the policy's own answers; its gradient, on-policy, is that of this
+    mean with the pass rates held fixed: a weight that depends on how an answer ends is felt by all of its
+    tokens, and not by those of the group's other answers. aggregate: see clipping.py; the authors' is
+    "sequences".
     """
 
     consumes: ClassVar[Consumes] = "rollouts"
@@ -87,7 +89,7 @@ class APO:
         """
         check_correct(correct)
         plain = advantage_within(reward.detach(), group)
-        advantage = plain * self.length_factor(mask.sum(-1), correct, group)
+        advantage = plain * self.length_factor(mask.sum(-1), correct, group).to(plain)
         weight = self.weight(plain, correct, group)
         log_ratio = log_importance(log_policy, log_behaviour, mask)
         gain = clipped_gain(log_ratio, advantage.unsqueeze(-1), self.clip)
@@ -111,7 +113,7 @@ class APO:
 
     def length_factor(self, length: Tensor, correct: Tensor, group: Tensor) -> Tensor:
         """STCR: what the advantage of each answer is multiplied by, [B]; length, correct and group [B]."""
-        length, right = length.to(torch.float32), correct.to(torch.float32)
+        length, right = length.double(), correct.double()
         rate = group_mean(right, group)
         usual = group_mean(right * length, group) / torch.where(rate > 0, rate, 1.0)
         excess = torch.where(~correct & (rate > 0), length - usual, 0.0).relu()
@@ -124,5 +126,4 @@ class APO:
         estimator = MonteCarlo("behaviour")
         own, value = per_token(estimator, self.divergence, evidence, log_policy, mask, future=False)
         others = value.sum(-1, keepdim=True) - value
-        log_policy = blank(log_policy, mask)
-        return own + others * (log_policy - log_policy.detach()), value
+        return own + others * _far.moving(blank(log_policy, mask)), value

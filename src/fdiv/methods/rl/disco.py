@@ -94,6 +94,8 @@ class DisCO:
         check_correct(correct)
         log_policy, log_behaviour = blank(log_policy, mask), blank(log_behaviour, mask)
         score, told = self.scores(log_policy, log_behaviour, mask), mask.any(-1)
+        if bool(score.detach().isinf().any()):
+            raise ValueError("an answer has no finite score: the policy gives one of its tokens no mass")
         sides = [(score[own & correct & told], score[own & ~correct & told]) for own in _members(group)]
         mixed = [self.contrast(*side) for side in sides if all(map(len, side))]
         here = max(1, len(sides))

@@ -93,6 +93,7 @@ class ROSE:
         advantage = shortened(advantage, reward, mask, group, common, self.length)
         metrics = {"branched": mean_over_tokens((parent >= 0).to(advantage.dtype))}
         if self.shared == "once":
+            count = mask.sum() if count is None else count  # that of all tokens, as the trainer's is
             mask = mask & (_number(mask) >= branch.unsqueeze(-1))
         gain = clipped_gain(log_importance(log_policy, log_behaviour, mask), advantage, self.clip)
         rows = -gain.gain

@@ -93,8 +93,8 @@ class FLAT:
         (gain, _), (_, price) = self.terms(template), self.terms(forget)
         if bool((price - gain).detach().isinf().any()):
             raise ValueError(
-                f"a mean of {statistic.min().item():.4g} is too small for {self.divergence!r}, whose g or f* has "
-                "no number there; write stat='prob', or a divergence that does not seek modes as steeply"
+                f"a mean of {statistic.min().item():.4g} is too small for {self.divergence!r}, whose g or f* "
+                "has no number there; write stat='prob', or a divergence that does not seek modes as steeply"
             )
         with torch.no_grad():
             metrics = {"template": template.mean(), "forget": forget.mean()} if pairs else {}

@@ -54,7 +54,8 @@ class GradientAscent:
         """log_q_rejected [pairs] of whole answers, length_rejected their tokens; the retained text's [R]."""
         likelihood = log_q_rejected
         if self.per_token:
-            assert length_rejected is not None
+            if length_rejected is None:
+                raise TypeError("per_token=True divides by the tokens of each answer: give length_rejected")
             likelihood = likelihood / length_rejected.clamp(min=1)
         metrics = {"log_q_forget": log_q_rejected.detach().mean()}
         out = Out(likelihood.mean(), metrics)

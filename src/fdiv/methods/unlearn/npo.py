@@ -65,8 +65,9 @@ class NPO:
         score = self.divergence.psi(log_p - log_q_rejected)
         if bool(score.detach().isposinf().any()):
             raise ValueError(
-                f"the score of {self.divergence!r} is beyond {score.dtype} at an answer that the policy likes far "
-                "better than the reference; write a divergence with milder scores, such as ReverseKL()"
+                f"the score of {self.divergence!r} is beyond {score.dtype} at an answer that the policy "
+                "likes far better than the reference; write a divergence with milder scores, such as "
+                "ReverseKL()"
             )
         loss = -(2 / self.beta) * logsigmoid(-self.beta * score).mean()
         metrics = {

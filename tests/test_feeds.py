@@ -27,7 +27,7 @@ from fdiv import (
 from fdiv.adapters.transformers import CausalLM
 from fdiv.feeds import Counts, Part, feed_of
 from fdiv.feeds.responses import Responses
-from fdiv.methods._method import READABLE, READABLE_IN_TWO
+from fdiv.methods._method import READABLE, READABLE_IN_PAIRS, READABLE_IN_ROLLOUTS, READABLE_IN_TWO
 from fdiv.parallel import Spread, World
 from fdiv.recipe import TrainSpec
 from fdiv.sample._sampler import Decoding
@@ -70,10 +70,12 @@ def methods():
 
 
 def test_methods_read_what_the_menu_offers():
-    menu = {*READABLE, *(name for names in READABLE_IN_TWO for name in names.split(", "))}
-    menu |= {"q_hidden", "q_weight", "q_embedding"}
+    menus = {"responses": (READABLE, READABLE_IN_TWO), "pairs": (READABLE_IN_PAIRS,)}
+    menus |= {"tokens": (), "rollouts": (READABLE_IN_ROLLOUTS,)}
     for method in methods():
-        assert set(getattr(method, "reads", ())) <= menu, method
+        names = (names for menu in menus[method.consumes] for names in menu)
+        menu = {name for several in names for name in several.split(", ")}
+        assert set(getattr(method, "reads", ())) <= menu | {"q_hidden", "q_weight", "q_embedding"}, method
 
 
 def test_every_method_has_a_feed():

@@ -69,6 +69,19 @@ def test_two_processes_train_the_weights_of_one(tmp_path, alone, how):
         torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5)
 
 
+def test_rollouts_that_two_sharded_processes_write_train_the_weights_of_one(tmp_path):
+    """They are scored when they are written, used twice, and three answers are rehearsed beside them."""
+    method = "DPH(rehearsal=Rehearsal(tries=4, threshold=0.5, batch=3))"
+    changes = {"method": method, "student": "reference", "divergences": []}
+    train = TINY["train"] | {"group_size": 4, "reuse": 2, "learning_rate": 0.001}
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump(TINY | changes | {"train": train}))
+    run(recipe, tmp_path / "one", 1)
+    run(recipe, tmp_path / "two", 2, "train.parallel=fsdp", "train.micro_batch=2")
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert two == {name: pytest.approx(value, rel=1e-3, abs=1e-6) for name, value in one.items()}
+
+
 def test_adapters_of_a_sharded_model_train_as_those_of_one_process(tmp_path):
     recipe, lora = write(tmp_path), "train.lora={rank: 2}"
     run(recipe, tmp_path / "one", 1, lora)

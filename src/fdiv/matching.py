@@ -56,7 +56,7 @@ def match(
     """
     method = replace(method or FDPG(), target=target)
     method = replace(method, divergence=divergence) if divergence is not None else method
-    spec = TrainSpec(**{"steps": steps, "device": base.model.device.type} | train)
+    spec = TrainSpec(**{"steps": steps, "device": str(base.model.device)} | train)
     student = CausalLM(copy.deepcopy(base.model).requires_grad_(True), base.vocabulary, base.tokenizer)
     recipe = Recipe(  # what the log says of the run
         name="match",

@@ -9,10 +9,12 @@ import ast
 import difflib
 import importlib
 import inspect
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 ATTRIBUTES = {"reverse"}
+PLUGIN = "fdiv_plugin_"  # before the name of a recipe's own file, as a module
 
 
 def parse(text: str, plugins: Iterable[str] = ()) -> object:
@@ -30,6 +32,22 @@ def parse(text: str, plugins: Iterable[str] = ()) -> object:
             f"cannot read {text!r}: {error.msg}; write it as in Python, 'JS(beta=0.5)'"
         ) from None
     return _instance(_Reader(text, _names(plugins)).read(tree))
+
+
+def function_named(text: str) -> Callable[..., Any]:
+    """The function that "module:name" says; a recipe's plugin `rewards.py` is the module `rewards`.
+
+    Raises ValueError where there is none.
+    """
+    module, colon, name = text.partition(":")
+    plugin = sys.modules.get(PLUGIN + module)
+    try:
+        found = getattr(plugin or importlib.import_module(module), name) if colon else None
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{text!r} cannot be found: {error}; write 'module:function'") from None
+    if not callable(found):
+        raise ValueError(f"{text!r} is no function; write 'module:function'")
+    return found
 
 
 def _instance(value: Any) -> Any:

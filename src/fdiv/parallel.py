@@ -151,7 +151,10 @@ class Spread:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Around generation: every process holds all weights, so that none waits for another's last token."""
+        """Around generation: every process holds all weights, so that none waits for another's last token.
+
+        Inside `look`, which goes on with the outermost module's weights and gives them back in the end.
+        """
         for module in self._shards():
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
@@ -160,7 +163,8 @@ class Spread:
         finally:
             for module in self._shards():
                 module.set_reshard_after_forward(True, recurse=False)
-                module.reshard()
+                if module is not self.step:
+                    module.reshard()
 
     def _shards(self) -> list[FSDPModule]:
         return [m for m in self.step.modules() if isinstance(m, FSDPModule)] if self.sharded else []

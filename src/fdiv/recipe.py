@@ -71,6 +71,9 @@ class TrainSpec(Section):
     group_size: int = Field(
         default=8, ge=2, description="rollouts a prompt, for methods that compare within a group"
     )
+    reuse: int = Field(
+        default=1, ge=1, description="steps on the same rollouts, for methods that consume them"
+    )
     examples: int = Field(default=16384, ge=1, description="size of the data set drawn for training")
     learning_rate: float = Field(default=1e-2, gt=0, description="peak learning rate")
     warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
@@ -313,7 +316,7 @@ def _load_plugin(name: str, folder: Path) -> str:
         importlib.import_module(name)
         return name
     path = (folder / name).resolve()
-    module_name = "fdiv_plugin_" + path.stem
+    module_name = notation.PLUGIN + path.stem
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, path)
         if spec is None or spec.loader is None or not path.is_file():

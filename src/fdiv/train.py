@@ -195,7 +195,7 @@ def accumulate(spread: Spread, model: CausalLM, feed: Feed, parts: list[Part]) -
     numbers: dict[str, float] = defaultdict(float)
     for n, part in enumerate(parts):
         with spread.accumulating(last=n == len(parts) - 1):
-            with precision(feed):
+            with feed.precision():
                 out = spread.run(feed.loss, model, part, batch)
             spread.backward(out.loss)
         numbers["loss"] += out.loss.item()
@@ -203,12 +203,6 @@ def accumulate(spread: Spread, model: CausalLM, feed: Feed, parts: list[Part]) -
         for name, value in out.metrics.items():  # of nothing, a mean is nan
             numbers[name] += float(value) * share if share else 0.0
     return dict(zip(numbers, world.sum(list(numbers.values())), strict=True))
-
-
-def precision(feed: Feed) -> torch.autocast:
-    """Of the student's layers; logits and losses are float32 in any case."""
-    device = feed.world.device.split(":")[0]
-    return torch.autocast(device, torch.bfloat16, enabled=feed.spec.precision == "bfloat16")
 
 
 def counts(parts: list[Part], world: World) -> Counts:
@@ -241,12 +235,12 @@ class Log:
 @torch.no_grad()
 def validate(spread: Spread, model: CausalLM, feed: Feed) -> float:
     """The method's loss on text that is not trained on, over all processes."""
-    model.model.eval()
+    spread.trained.eval()
     parts = spread.look(feed.validation, model)
     batch = counts(parts, feed.world)
-    with precision(feed):
+    with feed.precision():
         loss = sum(spread.look(feed.loss, model, part, batch).loss.item() for part in parts)
-    model.model.train()
+    spread.trained.train()
     return feed.world.sum([loss])[0]
 
 

@@ -26,6 +26,7 @@ except ImportError as error:
 from fdiv.adapters.generation import Writer
 from fdiv.adapters.weights import keep_layers as keep_layers
 from fdiv.adapters.weights import locate
+from fdiv.estimate.fused_log_prob import FusedLogProb, LogProbs
 from fdiv.sample._sampler import Decoding
 from fdiv.tasks._task import Text
 
@@ -162,17 +163,24 @@ class CausalLM:
 
     def log_softmax(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Log-probabilities for the tokens where mask [B, S] is true: [tokens, vocab], float32."""
+        return self.logits(input_ids, mask).log_softmax(-1)
+
+    def logits(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Before the softmax: [tokens, vocab], float32."""
         if self.has_plain_head:
-            return self.rows_of_hidden(self.hidden(input_ids, mask))
+            return self._logits_of(self.hidden(input_ids, mask))
         self._refuse_left_padding(input_ids)
         logits = self.model(input_ids=input_ids.to(self.model.device), use_cache=False).logits
-        return self.restricted(logits[:, :-1][mask[:, 1:].to(logits.device)]).float().log_softmax(-1)
+        return self.restricted(logits[:, :-1][mask[:, 1:].to(logits.device)]).float()
 
     def rows_of_hidden(self, hidden: Tensor) -> Tensor:
         """Log-probabilities [tokens, vocab] that final hidden states [tokens, width] give."""
+        return self._logits_of(hidden).log_softmax(-1)
+
+    def _logits_of(self, hidden: Tensor) -> Tensor:
         # In float32 even under autocast, as FusedLinear: rounded logits are off by several percent.
         with torch.autocast(hidden.device.type, enabled=False):
-            return linear(hidden.float(), self.head.float()).log_softmax(-1)
+            return linear(hidden.float(), self.head.float())
 
     def restricted(self, logits: Tensor) -> Tensor:
         """Of logits [tokens, rows of the head], those that a distribution is made of: [tokens, vocab]."""
@@ -202,8 +210,58 @@ class CausalLM:
 
     def token_log_probs(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """log q of each token where mask is true: [tokens]."""
+        return self.scored(input_ids, mask).log_prob
+
+    def scored(self, input_ids: Tensor, mask: Tensor, hidden: Tensor | None = None) -> LogProbs:
+        """(log q of each token where mask is true, the entropy of q there), [tokens] each.
+
+        Never holds tokens x vocabulary where the head is plain; hidden: the states, where they are known.
+        """
+        labels = self.labels(input_ids, mask)
+        if self.has_plain_head:
+            hidden = self.hidden(input_ids, mask) if hidden is None else hidden
+            return FusedLogProb()(hidden, self.head, labels)
         rows = self.log_softmax(input_ids, mask)
-        return rows.gather(-1, self.labels(input_ids, mask).unsqueeze(-1)).squeeze(-1)
+        entropy = torch.special.entr(rows.exp()).sum(-1)
+        return LogProbs(rows.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropy)
+
+    def states(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states of each layer that predict the tokens where mask is true: [tokens, layers, width]."""
+        self._refuse_left_padding(input_ids)
+        device = self.model.device
+        seen = self.model.base_model(
+            input_ids=input_ids.to(device), use_cache=False, output_hidden_states=True
+        ).hidden_states[1:]
+        return torch.stack([layer[:, :-1][mask[:, 1:].to(device)] for layer in seen], 1)
+
+    def activations(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """What each layer, its attention and its MLP put out, averaged over units: [tokens, modules]."""
+        found: list[Tensor] = []
+
+        def keep(module, arguments, output):
+            states = output[0] if isinstance(output, tuple) else output
+            found.append(states[:, :-1][mask[:, 1:].to(states.device)].mean(-1))
+
+        hooks = [module.register_forward_hook(keep) for module in self._writers_to_the_stream()]
+        try:
+            self.hidden(input_ids, mask)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(found, 1)
+
+    def _writers_to_the_stream(self) -> list[torch.nn.Module]:
+        """The layers, and of each what mixes tokens and what mixes units."""
+        lists = [m for m in self.model.base_model.modules() if isinstance(m, torch.nn.ModuleList)]
+        layers = list(next(iter(lists), ()))  # the outermost; experts have lists of their own
+        parts = [
+            child
+            for layer in layers
+            for name, child in layer.named_children()
+            if "attn" in name or "attention" in name or "mlp" in name
+        ]
+        parts = [part for part in parts if "norm" not in type(part).__name__.lower()]
+        return [*layers, *(part for part in parts if any(True for _ in part.parameters()))]  # no dropout
 
     # -- writing --------------------------------------------------------------------------------------------
 

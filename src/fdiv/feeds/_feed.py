@@ -27,7 +27,10 @@ READ_ROWS, READ_TOKENS = 256, 16384  # sequences and tokens that a model reads o
 
 
 class Counts(NamedTuple):
-    """Of a batch: predicted tokens and sequences; in two vocabularies, common stretches and the teacher's."""
+    """Of a batch: predicted tokens and sequences; in two vocabularies, common stretches and the teacher's.
+
+    Of rollouts p_tokens are those of rehearsed answers, which are in no other count.
+    """
 
     tokens: float
     sequences: float
@@ -45,6 +48,8 @@ class Part:
     @property
     def counts(self) -> Counts:
         groups, p_mask = self.more.get("q_group"), self.more.get("p_mask")
+        if "log_initial" in self.more:
+            return Counts(0.0, 0.0, 0.0, float(self.text.mask[:, 1:].sum()))
         return Counts(
             float(self.text.mask[:, 1:].sum()),
             float(len(self.text.ids)),
@@ -69,6 +74,8 @@ class Feed:
     kept for the other members.
     """
 
+    reuses = False  # whether a batch can serve several steps
+
     def __init__(
         self,
         method,
@@ -85,6 +92,8 @@ class Feed:
         self.reference: Any = reference
         self.spec, self.seed = spec, seed
         self.world = world or World.join(spec.device)
+        if spec.reuse > 1 and not self.reuses:
+            raise ValueError(f"train.reuse is for rollouts, which {method!r} does not consume; leave it out")
         if spec.validate_every:
             self.world.share(spec.validate_on)  # refused now, not when it is first asked for
         self.source = source or Local()
@@ -154,6 +163,11 @@ class Feed:
 
     def generator(self, step: int) -> torch.Generator:
         return torch.Generator().manual_seed(1_000_003 * (self.seed + 1) + step)
+
+    def precision(self) -> torch.autocast:
+        """Of the student's layers; logits and losses are float32 in any case."""
+        enabled = self.spec.precision == "bfloat16"
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=enabled)
 
     def progress_at(self, step: int) -> float:
         return step / self.spec.steps

@@ -52,7 +52,7 @@ class Passes:
         if "passes" in self.memory:
             return
         texts = [feed.text, *([feed.unseen(feed.generator(-2))] if feed.spec.validate_every else [])]
-        prompts = _unique([prompt for text in texts for prompt in rows_of(prompts_of(text))])
+        prompts = unique([prompt for text in texts for prompt in rows_of(prompts_of(text))])
         world, tries = feed.world, feed.spec.group_size
         own = Text(*(t[world.rank :: world.size] for t in prompts))
         draws = feed.draws(len(prompts.ids) * tries, feed.generator(-3)).unflatten(0, (-1, tries))
@@ -93,6 +93,11 @@ class Follower:
         self.weights = dict(self.model.model.named_parameters())
         memory |= {f"teacher.{name}": weight.data for name, weight in self.weights.items()}
 
+    def fits(self, student: CausalLM) -> bool:
+        """Whether the student has the reference's weights, by name and shape."""
+        own = {name: weight.shape for name, weight in student.model.named_parameters()}
+        return own == {name: weight.shape for name, weight in self.weights.items()}
+
     @torch.no_grad()
     def follow(self, student: CausalLM) -> None:
         if not self.rate:
@@ -100,13 +105,13 @@ class Follower:
         for name, weight in student.model.named_parameters():
             if type(weight).__name__ == "DTensor" or name not in self.weights:
                 raise ValueError(
-                    "a teacher that follows the student (ema > 0) needs the student's own weights, whole: "
-                    "student: reference, parallel: ddp, and no LoRA; or write ema=0"
+                    "a model that follows the student (ema > 0, or a lagged proposal) needs the student's "
+                    "own weights, whole: student: reference, parallel: ddp, and no LoRA"
                 )
             self.weights[name].lerp_(weight.to(self.weights[name]), self.rate)
 
 
-def _unique(prompts: list[Tensor]) -> Text:
+def unique(prompts: list[Tensor]) -> Text:
     return unanswered(list({_key(prompt): prompt for prompt in prompts}.values()))
 
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fdiv.adapters.transformers import CausalLM
-from fdiv.estimate.fused_log_prob import FusedLogProb
 from fdiv.estimate.monte_carlo import MonteCarlo
 from fdiv.feeds._feed import READ_ROWS, READ_TOKENS, Part, chunks, sequence_of
 from fdiv.sample._sampler import Decoding
@@ -152,10 +151,14 @@ class Signals:
     ) -> dict[str, Any]:
         """The tokens themselves and what each model, and the writer, thought of them."""
         wanted = set(reads) | ({"log_p_label", "log_q_label"} if self.sees == "log_probs" else set())
-        if not wanted & {"labels", "log_p_label", "log_q_label", "log_behaviour"}:
+        if not wanted & {"labels", "log_p_label", "log_q_label", "log_behaviour", "label_logit"}:
             return {}
         ids, mask = self.feed.on_device(part.text)
         found: dict[str, Any] = {"labels": model.labels(ids, mask)}
+        if "label_logit" in wanted:
+            logits = model.logits(ids, mask)
+            found["label_logit"] = logits.gather(-1, found["labels"].unsqueeze(-1)).squeeze(-1)
+            found["state_value"] = logits.logsumexp(-1)
         if wanted & {"log_q_label", "log_behaviour"}:
             found["log_q_label"] = self._student(model, ids, mask, found["labels"], tensors.get("student"))
         if wanted & {"log_p_label", "log_behaviour"}:
@@ -167,10 +170,7 @@ class Signals:
     def _student(self, model, ids: Tensor, mask: Tensor, labels: Tensor, seen: Tensor | None) -> Tensor:
         if self.sees == "logits" and seen is not None:
             return seen.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        if not model.has_plain_head:
-            return model.token_log_probs(ids, mask)
-        hidden = model.hidden(ids, mask) if seen is None else seen
-        return FusedLogProb()(hidden, model.head, labels).log_prob
+        return model.scored(ids, mask, hidden=seen).log_prob
 
     def _teacher_label(self, part: Part) -> Tensor:
         text = Text(part.more["p_ids"], part.more["p_mask"]) if "p_ids" in part.more else part.text

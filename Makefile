@@ -58,7 +58,7 @@ clean: ## remove what the targets wrote, .venv excepted
 $(VENV)/.stamp-train: EXTRAS := train
 $(VENV)/.stamp-demo:  EXTRAS := demo
 $(VENV)/.stamp-test:  EXTRAS := train,dev
-$(VENV)/.stamp-slow:  EXTRAS := train,dev,ray
+$(VENV)/.stamp-slow:  EXTRAS := train,dev,ray,reasoning
 $(VENV)/.stamp-docs:  EXTRAS := docs
 $(VENV)/.stamp-peers: EXTRAS := peers
 

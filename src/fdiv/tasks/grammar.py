@@ -5,7 +5,7 @@ prompt is two symbols and an answer `length` more; the answer is valid if each t
 verifier), and its true probability is known.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -21,6 +21,7 @@ from fdiv.divergences.tv import TV
 from fdiv.evaluate.calibration import ece_null, expected_calibration_error, reliability
 from fdiv.evaluate.diversity import coverage_at_k, effective_number
 from fdiv.evaluate.pass_at_k import exact_pass_at_k
+from fdiv.methods.match.target import Target
 from fdiv.sample._sampler import Decoding
 from fdiv.tasks._task import Pairs, Text
 from fdiv.tasks.prompting import rollouts
@@ -37,6 +38,9 @@ class Grammar:
 
     noise: the fraction of random answers in the data of kind "noisy", from which weak policies are made.
     table: the seed of the grammar itself.
+    bonus: what the reward adds to the verdict for an answer of the first symbol alone, in proportion: a proxy
+        that can be had for nothing. 0 is the verdict itself.
+    target: what the divergences of an evaluation are from: the reference times these scorers, or itself.
     """
 
     symbols: int = 12
@@ -46,6 +50,8 @@ class Grammar:
     trained_on: int = 64
     noise: float = 0.4
     table: int = 0
+    target: Target = field(default_factory=Target)
+    bonus: float = 0.0
 
     def __post_init__(self):
         if not 2 <= self.successors <= self.symbols <= len(LETTERS):
@@ -105,6 +111,10 @@ class Grammar:
             a, b, c = symbols[:, step], symbols[:, step + 1], symbols[:, step + 2]
             legal = legal & (self.transitions()[a, b, c] > 0)
         return legal.float()
+
+    def reward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The verdict and the bonus of each sequence, as float [N]."""
+        return self.verify(ids, mask) + self.bonus * (ids[:, PROMPT:] == 1).float().mean(1)
 
     # -- data ---------------------------------------------------------------------------------------------
 
@@ -201,13 +211,22 @@ class Grammar:
             held_out = self._scalars(log_q, unseen)
             result["scalars"] |= {f"held-out {name}": value for name, value in held_out.items()}
             result["curves"]["pass@k (held-out prompts)"] = _curve(self._valid(log_q, unseen).sum(1))
-        log_p, log_q = _with_leak(log_p[seen]), _with_leak(log_q[seen])
+        log_p, log_q = self._aimed(_with_leak(log_p[seen])), _with_leak(log_q[seen])
         result["divergences"] = {name: d(log_p, log_q).mean().item() for name, d in measures.items()}
         result["scalars"] |= result["divergences"]
         result["calibration"] = self._calibration(model, seed)
         result["scalars"] |= {key: result["calibration"][key] for key in ("ece", "ece_null")}
         result["samples"] = self._samples(model, seed)
         return result
+
+    def _aimed(self, log_p: Tensor) -> Tensor:
+        """The target, from the reference at prompts of training: [prompts, answers and a leak]."""
+        if self.target == Target():
+            return log_p
+        answers = torch.cat([self.answers(), torch.full((1, self.length), BOS)])
+        prompts = self.prompt_ids()[: self.trained_on].repeat_interleave(len(answers), 0)
+        text = self._text(torch.cat([prompts, answers.repeat(self.trained_on, 1)], 1))
+        return self.target.log_score(log_p.flatten(), *text, self).reshape(log_p.shape).log_softmax(1)
 
     def _valid(self, log_q: Tensor, prompts: slice) -> Tensor:
         """The probability of each valid answer, 0 elsewhere: [prompts, answers]."""
@@ -221,8 +240,10 @@ class Grammar:
         inside = valid / mass.clamp(min=1e-300)[:, None]
         modes = np.mean(effective_number(inside.numpy())) / self.successors**self.length
         coverage = np.divide(coverage_at_k(valid.numpy(), 64), coverage_at_k(p.numpy(), 64))
+        first = (self.answers() == 1).double().mean(1)
+        proxy = {"proxy reward": (mass + self.bonus * (q * first).sum(1)).mean().item()} if self.bonus else {}
         log_p, log_q = (t.clamp(min=1e-300).log() for t in (p, q))
-        return {
+        return proxy | {
             "pass@1": mass.mean().item(),
             "pass@8": float(exact_pass_at_k(mass.numpy(), 8)),
             "pass@64": float(exact_pass_at_k(mass.numpy(), 64)),

@@ -10,14 +10,15 @@ from torch import Tensor
 from fdiv._divergence import Divergence
 from fdiv.adapters.transformers import CausalLM
 from fdiv.sample._sampler import Decoding
-from fdiv.tasks import opening
-from fdiv.tasks._task import Text
+from fdiv.tasks import opening, preferences
+from fdiv.tasks._task import Pairs, Text
 from fdiv.tasks.conversations import richer
 from fdiv.tasks.measurement import error, measured, responses, spread
 from fdiv.tasks.opening import tokenizer_of
 from fdiv.tasks.padding import answered, rows_of, unanswered
 from fdiv.tasks.prompting import rollouts
-from fdiv.tasks.samples import Sample, check_ended, found, ids_of, known, prefix, split, until
+from fdiv.tasks.rewards import rewarded
+from fdiv.tasks.samples import Sample, check_ended, fill, found, ids_of, known, prefix, split, until
 from fdiv.tasks.verdict import agrees
 
 HINT = "{prompt}\n\nThis is a good answer:\n\n{response}\n\nNow give an answer of your own."
@@ -37,7 +38,11 @@ class Instructions:
         either is counted and warned of. An answer has at most max_response tokens.
     held_out: the fraction of the data, by text, that is kept for evaluation, or another source to evaluate
         on. No prompt is on both sides; the choice is by a hash of the prompt.
+    rejected: of preference data, the field with the response that is worse than `response` (or, beside
+        `messages`, with the whole other conversation), see fdiv.tasks.preferences.
     solution: the field that answers are compared with, see fdiv.tasks.verdict.
+    rewards: functions that judge answers, as "module:function" or several, see fdiv.tasks.rewards; their sum
+        is the reward. Without one it is whether the answer agrees with the solution.
     hint: the prompt of a teacher that is shown more, with fields of the record in braces; {prompt} is the
         last user turn, {response} the record's own response. One of more than max_hint tokens is not shown.
     tokenizer: where it comes from; None is that of the model that was opened last.
@@ -55,7 +60,9 @@ class Instructions:
     max_prompt: int = 512
     max_response: int = 512
     held_out: float | str = 0.1
+    rejected: str | None = None
     solution: str | None = None
+    rewards: str | tuple[str, ...] = ()
     hint: str = HINT
     max_hint: int = 2048
     tokenizer: str | None = None
@@ -76,6 +83,10 @@ class Instructions:
             raise ValueError(f"held_out is a fraction between 0 and 1, or a source, got {self.held_out!r}")
         if self.vocabulary not in ("corpus", "full"):
             raise ValueError(f"vocabulary is 'corpus' or 'full', got {self.vocabulary!r}")
+        if self.rejected and self.vocabulary == "corpus":
+            raise ValueError(
+                "a vocabulary of prompts and better responses lacks the worse; vocabulary='full'"
+            )
         if "{" not in self.hint:
             raise ValueError(f"hint is a text with {{prompt}} and other fields in it, got {self.hint!r}")
         if min(self.max_prompt, self.max_response, self.max_hint, self.continuations) < 1:
@@ -120,6 +131,14 @@ class Instructions:
         chosen = torch.randperm(len(samples), generator=generator)[:count].tolist()
         return _text([samples[n] for n in chosen], tokenizer)
 
+    def pairs(self, reference: CausalLM, count: int, generator: torch.Generator) -> Pairs:
+        """At most `count` training samples with both of their responses."""
+        return preferences.some(self, reference.tokenizer, count, generator, held_out=False)
+
+    def held_out_pairs(self, reference: CausalLM, count: int, generator: torch.Generator) -> Pairs:
+        """At most `count` that are not trained on."""
+        return preferences.some(self, reference.tokenizer, count, generator, held_out=True)
+
     # -- answers ------------------------------------------------------------------------------------------
 
     @property
@@ -155,6 +174,27 @@ class Instructions:
         told = [self._agrees(row, None if mask is None else mask[n]) for n, row in enumerate(ids)]
         return torch.tensor(told).float()
 
+    def reward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the reward functions say of each answer [N, S], as float [N]; the verdict without any."""
+        if not self.rewards:
+            return self.verify(ids, mask)
+        names = (self.rewards,) if isinstance(self.rewards, str) else self.rewards
+        told = [self._told(row, None if mask is None else mask[n]) for n, row in enumerate(ids)]
+        prompts, texts, records = map(list, zip(*told, strict=True))
+        return rewarded(names, prompts, texts, records)
+
+    def _told(self, ids: Tensor, mask: Tensor | None) -> tuple[str, str, dict[str, Any]]:
+        """(prompt, answer, record) of a sequence."""
+        tokenizer = tokenizer_of(self)
+        begin = None if mask is None else int(mask.int().argmax())
+        samples, begin = found(self, tokenizer, ids.tolist(), begin)
+        response = (ids[begin:] if mask is None else ids[mask]).tolist()
+        response = until(response, split(self, tokenizer).ends)
+        prompt, text = (
+            tokenizer.decode(t, skip_special_tokens=True) for t in (ids[:begin].tolist(), response)
+        )
+        return prompt, text, samples[0].record
+
     def _agrees(self, ids: Tensor, mask: Tensor | None) -> bool:
         tokenizer = tokenizer_of(self)
         samples, begin = found(
@@ -176,7 +216,7 @@ class Instructions:
             shown.append(hint is not None)
             prompts.append(row[:begin] if hint is None else hint)
         answers = [row[mark] for row, mark in zip(ids, mask, strict=True)]
-        return answered(prompts, answers, _fill(tokenizer)), torch.tensor(shown)
+        return answered(prompts, answers, fill(tokenizer)), torch.tensor(shown)
 
     def _hint(self, tokenizer, sample: Sample) -> Tensor | None:
         told = richer(self, tokenizer, sample.record)
@@ -205,15 +245,14 @@ class Instructions:
         }
         if judge:
             rows["pass@1"] = judge(written).double().numpy()
+        if self.rewards:
+            rows["reward"] = self.reward(*written).double().numpy()
+        if self.rejected and shared:
+            rows |= preferences.judged(self, model, shared, seed)
         result["scalars"] |= {name: float(row.mean()) for name, row in rows.items()}
         result["scalar_errors"] |= {name: error(row) for name, row in rows.items()}
         return result
 
 
 def _text(samples: list[Sample], tokenizer: Any) -> Text:
-    return answered([s.prompt for s in samples], [s.response for s in samples], _fill(tokenizer))
-
-
-def _fill(tokenizer: Any) -> int:
-    """Behind the mask: any token does."""
-    return next((n for n in (tokenizer.pad_token_id, tokenizer.eos_token_id) if n is not None), 0)
+    return answered([s.prompt for s in samples], [s.response for s in samples], fill(tokenizer))

@@ -119,6 +119,11 @@ def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
+def fill(tokenizer: Any) -> int:
+    """Behind the mask: any token does."""
+    return next((n for n in (tokenizer.pad_token_id, tokenizer.eos_token_id) if n is not None), 0)
+
+
 def prefix(task: Any, tokenizer: Any) -> list[int]:
     """The beginning-of-text token, where the tokenizer puts one before a text and no chat template does."""
     bos = tokenizer.bos_token_id

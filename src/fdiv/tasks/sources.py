@@ -31,7 +31,8 @@ def records(source: str, limit: int | None = None) -> list[dict[str, Any]]:
     """The records of `source` in a fixed order, at most `limit`.
 
     A .jsonl, .parquet or .csv file; a folder of them, by name; a folder that `datasets` saved; or a data set
-    of the hub, "owner/name", "owner/name:configuration" or "owner/name:configuration:split" (default: train).
+    of the hub, "owner/name", "owner/name:configuration" or "owner/name:configuration:split" (default: train);
+    or puzzles, "reasoning_gym:NAME?option=value", see fdiv.tasks.reasoning.
     """
     return list(islice(_rows(source, None), limit))
 
@@ -52,6 +53,8 @@ def separate(texts: list[str], fraction: float) -> tuple[list[str], list[str]]:
 
 def _rows(source: str, column: str | None) -> Iterator[dict[str, Any]]:
     """column: the field that a document is told as; None where a document is no record."""
+    if source.startswith("reasoning_gym:"):
+        return iter(importlib.import_module("fdiv.tasks.reasoning").puzzles(source))
     path, suffixes = Path(source), SUFFIXES if column else TABLES
     if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return iter(_saved(path))

@@ -47,7 +47,7 @@ class Adapter(System):
     name = "trl"
     version = version("trl")
     reasons: ClassVar[dict[str, str]] = {
-        "C07": "its scores enter losses in differences alone; other losses are refused with an f-divergence",
+        "C07": "its scores are made inside its trainer's loss and cannot be called alone",
         "C12": "advantages are computed inside a rollout, not in a function that can be called alone",
     }
 

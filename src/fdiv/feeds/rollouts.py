@@ -6,17 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdiv.adapters.reading import plainly
 from fdiv.adapters.transformers import CausalLM
-from fdiv.feeds._feed import Counts, Feed, Part, boxed, padded
-from fdiv.feeds.branching import branched
+from fdiv.feeds._feed import Counts, Feed, Part, boxed
+from fdiv.feeds.groups import Groups
 from fdiv.feeds.memory import Follower
 from fdiv.feeds.rehearsal import Rehearsed
 from fdiv.methods._method import Adaptive, Out
-from fdiv.methods.match.partition import Partition, prompt_keys
-from fdiv.methods.rl.grpo import group_advantage
-from fdiv.sample._sampler import Decoding
-from fdiv.tasks._task import Text
 
 OF_ANSWERS = (
     "advantage",
@@ -28,7 +23,6 @@ OF_ANSWERS = (
     "log_target",
     "log_partition",
 )
-KEPT = "rollout."  # names in memory of what is used for several steps
 
 
 class Rollouts(Feed):
@@ -44,11 +38,9 @@ class Rollouts(Feed):
         self.state = method.initial_state() if isinstance(method, Adaptive) else {}
         rehearsal = getattr(method, "rehearsal", None)
         self.rehearsed = Rehearsed(self.memory, rehearsal) if rehearsal else None
-        self.target = getattr(method, "target", None)
-        self.branching = getattr(method, "branching", None)
-        self.partition = Partition(self.memory)
         lagged = getattr(method, "proposal", "policy") == "lagged"
         self.proposal = Follower(self.reference, 1.0, self.memory, self.world) if lagged else None
+        self.written = Groups(self)
         self.batch_value = 0.0
         self.none: dict[str, Tensor] = {}  # of no answer at all
         self._check()
@@ -70,8 +62,8 @@ class Rollouts(Feed):
                 f"{self.groups} groups (batch_size {spec.batch_size} / group_size {spec.group_size}) cannot "
                 f"be shared evenly by {self.world.size} processes"
             )
-        if self.branching:
-            self.branching.check(spec.group_size)
+        if branching := getattr(self.method, "branching", None):
+            branching.check(spec.group_size)
         if spec.validate_every:
             raise ValueError(
                 f"{self.method!r} has no loss on text that it did not sample; leave out validate_every"
@@ -108,92 +100,16 @@ class Rollouts(Feed):
             self.rehearsed.ask(self)
         first = step - step % self.spec.reuse
         if step == first:
-            part = self._written(model, self.generator(first))
+            part = self.written.now(model, self.generator(first))
             if self.spec.reuse > 1:
-                self._keep(part)
+                self.written.keep(part)
         else:
-            part = self._kept()
+            part = self.written.kept()
         parts = self.mine(part)
         self.none = {name: tensor[:0] for name, tensor in part.more.items()}
         if "batch_value" in self.reads:
             self.batch_value = self._surveyed(model, parts)
         return parts if self.rehearsed is None else [*parts, *self._stored(self.generator(step))]
-
-    def _written(self, model: CausalLM, generator: torch.Generator) -> Part:
-        """The global batch, of which each process writes its share."""
-        size, share = self.spec.group_size, self.world.share(self.groups)
-        asked = self.rehearsed.explored if self.rehearsed else self.task.prompts
-        prompts = asked(self.groups, generator)
-        writer = self.proposal.model if self.proposal else model
-        if self.branching:
-            text, tree = branched(self, writer, prompts, generator)
-        else:
-            draws = self.draws(self.spec.batch_size, generator)[share.start * size : share.stop * size]
-            own = Text(*(t[share].repeat_interleave(size, 0) for t in prompts))
-            with self.whole():
-                text, tree = self.task.answer(self.hand.of(writer), own, draws, Decoding()), {}
-        more = self._judged(text) | self._scores(writer, text) | tree
-        text = padded(self.world.gather(text))
-        found = {name: _widened(self.world.gather(t.cpu()), text) for name, t in more.items()}
-        found["group"] = torch.arange(self.groups).repeat_interleave(size)
-        if self.target:
-            keys = prompt_keys(prompts.ids).repeat_interleave(size)
-            log_behaviour = found["log_behaviour"].double().sum(1)
-            found["log_partition"] = self.partition.update(keys, found["log_target"], log_behaviour)
-        if not self._ages:
-            found.pop("log_behaviour", None)
-        return Part(text, found)
-
-    @property
-    def _ages(self) -> bool:
-        """Whether answers are used when the policy is no longer as it was that wrote them."""
-        return self.spec.reuse > 1 or self.proposal is not None
-
-    def _judged(self, text: Text) -> dict[str, Tensor]:
-        """Rewards, if the method asks for them or for what is made of them."""
-        found: dict[str, Tensor] = {}
-        if self.reads & {"reward", "advantage"}:
-            found["reward"] = self._reward(text)
-        if "advantage" in self.reads:
-            advantages = getattr(self.method, "advantages", group_advantage)
-            found["advantage"] = advantages(found["reward"].reshape(-1, self.spec.group_size)).flatten()
-        if "correct" in self.reads:
-            found["correct"] = self.task.verify(*text).bool()
-        return found
-
-    def _reward(self, text: Text) -> Tensor:
-        rewards = (getattr(self.task, "reward", None) or self.task.verify)(*text).float()
-        if not bool(rewards.isfinite().all()):
-            raise ValueError(f"a reward of {self.task!r} is {rewards[~rewards.isfinite()][0].item()}")
-        return rewards
-
-    @torch.no_grad()
-    def _scores(self, writer: CausalLM, text: Text) -> dict[str, Tensor]:
-        """What the writer thinks of its answers now [N, S - 1], and the log of the target's mass [N]."""
-        found = {}
-        if self._ages or self.target:
-            found["log_behaviour"] = self._boxed(writer, text)
-        if self.target:
-            log_base = self._boxed(self.reference, text).double().sum(1)
-            found["log_target"] = self.target.log_score(log_base.cpu(), *text, self.task)
-        return found
-
-    def _boxed(self, model: CausalLM, text: Text) -> Tensor:
-        """Without dropout, as the model writes, and in the precision of the loss."""
-        size = self.spec.micro_batch or len(text.ids)
-        texts = (self.on_device(part.text) for part in Part(text).split(size))
-        with plainly(model), self.precision():
-            return torch.cat([boxed(model.token_log_probs(*some), some[1]) for some in texts])
-
-    def _keep(self, part: Part) -> None:
-        tensors = {"ids": part.text.ids, "mask": part.text.mask} | part.more
-        for name in [name for name in self.memory if name.startswith(KEPT)]:
-            del self.memory[name]
-        self.memory |= {KEPT + name: tensor.cpu() for name, tensor in tensors.items()}
-
-    def _kept(self) -> Part:
-        found = {name.removeprefix(KEPT): t for name, t in self.memory.items() if name.startswith(KEPT)}
-        return Part(Text(found.pop("ids"), found.pop("mask")), found)
 
     def _stored(self, generator: torch.Generator) -> list[Part]:
         """Micro-batches of the answers that are rehearsed beside the rollouts."""
@@ -295,11 +211,3 @@ def _apart(boxes: dict[str, Any], part: Part) -> dict[str, Any]:
     log_initial = part.more["log_initial"].to(boxes["mask"].device)
     stored = {"stored_log_policy": boxes["log_policy"], "stored_log_initial": log_initial}
     return none | stored | {"stored_mask": boxes["mask"]}
-
-
-def _widened(parts: list[Tensor], text: Text) -> Tensor:
-    """Numbers of sequences [N], or of their tokens [N, S - 1], of several processes as one tensor."""
-    if parts[0].ndim == 1:
-        return torch.cat(parts)
-    width = text.mask.shape[1] - 1
-    return torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1])) for t in parts])

@@ -34,7 +34,7 @@ CLOSED = (
 )
 
 
-@pytest.mark.parametrize(("divergence", "closed"), CLOSED, ids=repr)
+@pytest.mark.parametrize(("divergence", "closed"), CLOSED, ids=[repr(row[0]) for row in CLOSED])
 def test_it_is_the_known_closed_form(divergence, closed):
     expected = closed(-LOG_RATIO) - closed(torch.zeros(1, dtype=torch.float64))
     torch.testing.assert_close(potential(divergence, LOG_RATIO), expected, rtol=1e-11, atol=1e-13)

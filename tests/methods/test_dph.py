@@ -50,7 +50,7 @@ def alpha_form(a):
         (fdiv.Alpha(0.5), alpha_form(0.5)),
         (fdiv.Alpha(0.8), alpha_form(0.8)),
     ],
-    ids=repr,
+    ids=["KL", "2 JS", "Alpha(0.2)", "Alpha(0.5)", "Alpha(0.8)"],
 )
 def test_the_terms_are_the_papers_in_value_and_slope(divergence, papers):
     for ours, theirs in zip(terms(DPH(divergence)), written_out(papers), strict=True):

@@ -115,7 +115,9 @@ REWARDS = [
 ]
 
 
-@pytest.mark.parametrize(("divergence", "reward", "constant", "outside"), REWARDS, ids=repr)
+@pytest.mark.parametrize(
+    ("divergence", "reward", "constant", "outside"), REWARDS, ids=[repr(row[0]) for row in REWARDS]
+)
 def test_the_pseudo_rewards_are_the_papers(divergence, reward, constant, outside):
     """Up to a constant; outside of the target's support (l = +inf) they are finite, or None."""
     for x, wanted in zip(L, reward(L), strict=True):

@@ -6,14 +6,14 @@ import pytest
 import torch
 from tests.worlds import close
 
-from fdiv import JS, KL, TV, Alpha, Jeffreys, Neyman, Pearson, Renyi, SquaredHellinger
+from fdiv import JS, KL, TV, Alpha, Neyman, Pearson, Renyi, SquaredHellinger
 from fdiv.methods.robust.r2pvi import R2PVI, Plan, best_level
 from fdiv.notation import parse
 
 STATES, ACTIONS, STEPS, VISITS = 4, 2, 3, 20
 RIDGE = 0.3
-SHRUNK = [(KL(), 0.4), (KL(), 5.0), (2.0 * Pearson(), 0.1), (Pearson(), 0.2), (Pearson(), 3.0)]
-OTHERS = [(Alpha(1.5), 0.5), (Jeffreys(), 0.3), (SquaredHellinger(), 0.6), (Neyman(), 0.5)]
+SHRUNK = [(KL(), 0.4), (KL(), 5.0), (Pearson(), 0.2), (Pearson(), 3.0)]
+OTHERS = [(Alpha(1.5), 0.5), (SquaredHellinger(), 0.6), (Neyman(), 0.5)]
 
 
 def table():

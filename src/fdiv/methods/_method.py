@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fdiv._divergence import Divergence
 
-Consumes = Literal["tokens", "responses", "pairs", "rollouts"]
+Consumes = Literal["tokens", "responses", "pairs", "rollouts", "examples"]
 
 # What a method that consumes "responses" can ask for in `reads`, beside its estimator's evidence. Rows are
 # the R response tokens of a micro-batch, sequence by sequence, in the order of the text.
@@ -79,6 +79,27 @@ READABLE_IN_ROLLOUTS = {
     "progress, state": "as above",
 }
 
+# And one that consumes "examples": inputs with labels or, of a text, its tokens (those marked *). Without
+# `reads` it is handed logits and labels. unit = "batch" keeps the global batch whole; teaches = "both" trains
+# the reference as well. One with tables states `initial_memory(data, reference)`, which makes them, and
+# `remember(memory, ...)`, which writes to them after each step; one with a `module(shapes)` has it trained.
+READABLE_IN_EXAMPLES = {
+    "logits": "* [B, C] the student's scores, with gradient; in a regression the prediction [B, K]",
+    "labels": "* [B] the class",
+    "targets": "[B, K] the numbers to be predicted",
+    "inputs": "[B, ...]",
+    "features": "[B, width] what the student's last layer reads",
+    "stages": "the outputs of its stages, a list; the last are the features",
+    "network": "the student, a fdiv.networks Network",
+    "q_hidden, q_weight": "* only of a text: its states and its head, see FusedLinear",
+    "p_logits, p_features, p_stages, p_network": "the same of the reference, without gradient",
+    "index": "[B] the number of the example in the training data",
+    "log_prior": "* [C] log of the classes' share of the training labels, or of what the task states",
+    "module": "what the method's module(shapes) made",
+    "memory": "its tables, by name",
+    "progress, state": "as above",
+}
+
 
 class Out(NamedTuple):
     """A scalar loss to call backward on, and numbers to log (detached)."""
@@ -92,8 +113,8 @@ class Method(Protocol):
     """One paper: a frozen dataclass with a divergence, called with named tensors.
 
     `consumes` says what a step is made of: "tokens" (text with labels), "responses" (and a teacher),
-    "pairs" (chosen and rejected), "rollouts" (sampled groups with rewards). `reads` names what is handed
-    over, of READABLE, READABLE_IN_PAIRS or READABLE_IN_ROLLOUTS.
+    "pairs" (chosen and rejected), "rollouts" (sampled groups with rewards), "examples" (inputs and labels).
+    `reads` names what is handed over, of the table READABLE that goes with it.
 
     One that consumes "responses" may state more, each as a field or a property: `estimator` (its evidence is
     handed over by name), `reads` (names of READABLE), `sampler` (who writes the responses, see fdiv.sample),

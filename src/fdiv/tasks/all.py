@@ -1,6 +1,8 @@
 """The tasks that a recipe can name."""
 
+from fdiv.methods.robust.attacks import Attack as Attack
 from fdiv.tasks.backspaced import Backspaced as Backspaced
+from fdiv.tasks.classification import Classification as Classification
 from fdiv.tasks.grammar import Grammar as Grammar
 from fdiv.tasks.instructions import Instructions as Instructions
 from fdiv.tasks.text import Corpus as Corpus

@@ -42,6 +42,7 @@ conformance: $(VENV)/.stamp-peers ## run the field's 51 mistakes on fdiv and its
 docs: $(VENV)/.stamp-docs ## build the documentation: site/
 	$(BIN)/python docs/generate_divergences.py
 	$(BIN)/python docs/generate_api.py
+	$(BIN)/python docs/generate_gallery.py
 	$(BIN)/zensical build --clean
 
 check: $(VENV)/.stamp-test ## ruff, ruff format and pyright
@@ -50,7 +51,7 @@ check: $(VENV)/.stamp-test ## ruff, ruff format and pyright
 	$(BIN)/pyright
 
 clean: ## remove what the targets wrote, .venv excepted
-	rm -rf runs site build dist docs/api.md docs/divergences.md .pytest_cache .ruff_cache .hypothesis .cache
+	rm -rf runs site build dist docs/api.md docs/divergences.md docs/gallery docs/gallery.md .pytest_cache .ruff_cache .hypothesis .cache
 	find src tests recipes examples benchmarks conformance docs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # -- the environment ---------------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ $(VENV)/.stamp-train: EXTRAS := train
 $(VENV)/.stamp-demo:  EXTRAS := demo
 $(VENV)/.stamp-test:  EXTRAS := train,dev
 $(VENV)/.stamp-slow:  EXTRAS := train,dev,ray,reasoning
-$(VENV)/.stamp-docs:  EXTRAS := docs
+$(VENV)/.stamp-docs:  EXTRAS := docs,train,env,scikit,transport
 $(VENV)/.stamp-peers: EXTRAS := peers
 
 $(BIN)/python:

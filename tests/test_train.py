@@ -456,3 +456,9 @@ def test_a_source_that_is_not_asked_is_refused(tmp_path, method):
     train_reference(run)
     with pytest.raises(TeacherError, match="asks the reference model itself"):
         train_member(run, members(recipe)[0])
+
+
+def test_a_batch_that_processes_cannot_share_evenly_is_refused():
+    assert [World(rank, 2, "cpu").share(4) for rank in range(2)] == [slice(0, 2), slice(2, 4)]
+    with pytest.raises(ValueError, match="3 sequences cannot be shared evenly by 2 processes"):
+        World(0, 2, "cpu").share(3)

@@ -69,6 +69,7 @@ def test_two_processes_train_the_weights_of_one(tmp_path, alone, how):
         torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rollouts_that_two_sharded_processes_write_train_the_weights_of_one(tmp_path):
     """They are scored when they are written, used twice, and three answers are rehearsed beside them."""
     method = "DPH(rehearsal=Rehearsal(tries=4, threshold=0.5, batch=3))"
@@ -82,6 +83,7 @@ def test_rollouts_that_two_sharded_processes_write_train_the_weights_of_one(tmp_
         assert two == {name: pytest.approx(value, rel=1e-3, abs=1e-6) for name, value in one.items()}
 
 
+@pytest.mark.slow
 def test_adapters_of_a_sharded_model_train_as_those_of_one_process(tmp_path):
     recipe, lora = write(tmp_path), "train.lora={rank: 2}"
     run(recipe, tmp_path / "one", 1, lora)
@@ -108,6 +110,7 @@ def test_a_run_killed_at_once_goes_on_as_if_nothing_had_happened(tmp_path, alone
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_batch_that_processes_cannot_share_is_refused(tmp_path):
     recipe = write(tmp_path, batch_size=7)
     done = subprocess.run(command(recipe, tmp_path / "out", 2), capture_output=True, text=True, timeout=300)

@@ -58,6 +58,7 @@ def test_a_graph_computes_what_is_asked_for_alone():
     assert value < slope
 
 
+@pytest.mark.slow  # a compilation each; the graphs that are compiled are tested above
 @pytest.mark.parametrize("divergence", [fdiv.KL(), fdiv.JS(0.3)], ids=repr)
 def test_inductor_gives_the_eager_numbers_for_any_shape(divergence):
     for shape in ((5, 701), (3, 1009)):

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from tests.methods.test_fdpo_optimum import BETA, REFERENCE, REWARDS, optimum
+from tests.methods.test_fdpo_optimum import SMOOTH as OPTIMA
 from tests.test_divergences import ROWS
 from torch import Tensor
 
@@ -492,3 +494,153 @@ def test_what_is_no_f_divergence_is_refused(other):
 def test_a_reference_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"broadcasts to theta \(2, 3\), got \(2,\)"):
         f_softargmax(torch.zeros(2, 3), KL(), torch.zeros(2))
+
+
+# -- against plain bisection, written from f' alone --------------------------------------------------------
+
+
+def halved(low: Tensor, high: Tensor, above) -> Tensor:
+    """Where `above` turns true, elementwise."""
+    for _ in range(90):
+        middle = (low + high) / 2
+        over = above(middle)
+        low, high = torch.where(over, low, middle), torch.where(over, middle, high)
+    return (low + high) / 2
+
+
+def bisected(row, theta: Tensor, log_q: Tensor) -> Tensor:
+    """x, from tau between max theta - f'(1/sum q) and max(theta - f'(1/q)); f' is the row's closed form."""
+
+    def x_at(tau: Tensor) -> Tensor:
+        slope = theta - tau
+        far = torch.full_like(slope, 40.0)
+        log_ratio = halved(-far, far, lambda log_ratio: row.phi(log_ratio.exp()) > slope)
+        return torch.where(slope > row.ends[2], (log_ratio + log_q).exp(), 0.0)
+
+    high = theta.amax(-1, keepdim=True) - row.phi(1 / log_q.exp().sum(-1, keepdim=True))
+    low = (theta - row.phi((-log_q).exp())).amax(-1, keepdim=True)
+    assert (x_at(low).sum(-1) >= 1 - 1e-9).all() and (x_at(high).sum(-1) <= 1 + 1e-9).all()
+    return x_at(halved(low, high, lambda tau: x_at(tau).sum(-1, keepdim=True) < 1))
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.divergence.is_smooth], ids=str)
+def test_plain_bisection_of_the_closed_form_agrees(row):
+    theta, log_q = draw(3, NARROW, seed=40), draw(3, NARROW, seed=41)  # of any mass
+    tolerance = 1e-9 if row.exact else 1e-7
+    assert_close(f_softargmax(theta, row.divergence, log_q), bisected(row, theta, log_q), tolerance)
+    assert_close(
+        f_softargmax(theta, row.divergence), bisected(row, theta, torch.zeros_like(theta)), tolerance
+    )
+
+
+@pytest.mark.parametrize("alpha", [1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0])
+def test_the_entmax_package_agrees_on_outputs_and_gradients(alpha):
+    entmax = pytest.importorskip("entmax")
+    theta, weight = draw(6, 11, seed=42).requires_grad_(), draw(6, 11, seed=43)
+    ours, theirs = f_softargmax(theta, Alpha(alpha)), entmax.entmax_bisect(theta, alpha, n_iter=70)
+    assert_close(ours, theirs.detach(), 1e-9)
+    (found,) = torch.autograd.grad((weight * ours).sum(), theta)
+    (expected,) = torch.autograd.grad((weight * theirs).sum(), theta)
+    assert_close(found, expected, 1e-9)
+
+
+def test_two_atoms_are_a_sigmoid_cut_off_by_pearson():
+    s = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    half = torch.full((2,), -math.log(2), dtype=torch.float64)
+    x = f_softargmax(torch.stack([torch.zeros_like(s), s], -1), Alpha(2.0), half)
+    assert_close(x[:, 1], (0.5 + s / 4).clamp(0, 1))
+
+
+# -- forward mode -------------------------------------------------------------------------------------------
+
+
+@each_kind
+@pytest.mark.parametrize("atoms", [NARROW, LARGE])
+def test_forward_is_the_transpose_of_backward(divergence, atoms):
+    theta, log_q = draw(2, atoms, seed=44), draw(2, atoms, seed=45).log_softmax(-1)
+    moves, weight = (draw(2, atoms, seed=46), draw(2, atoms, seed=47)), draw(2, atoms, seed=48)
+
+    def function(theta: Tensor, log_q: Tensor) -> Tensor:
+        return f_softargmax(theta, divergence, log_q)
+
+    _, moved = torch.func.jvp(function, (theta, log_q), moves)
+    pulled = torch.func.vjp(function, theta, log_q)[1](weight)
+    expected = sum((p * m).sum() for p, m in zip(pulled, moves, strict=True))
+    assert_close((weight * moved).sum(), expected, 1e-9)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(theta, moves[0])
+        alone = torch.autograd.forward_ad.unpack_dual(function(dual, log_q)).tangent
+    assert_close(alone, torch.func.jvp(lambda t: function(t, log_q), (theta,), moves[:1])[1])
+
+
+@pytest.mark.parametrize("divergence", [Alpha(1.5), JS(0.3), ReverseKL()], ids=repr)
+def test_jacobians_by_rows_and_columns_and_hessians_agree(divergence):
+    theta, log_q = draw(4, seed=49), draw(4, seed=50).log_softmax(-1)
+
+    def function(theta: Tensor) -> Tensor:
+        return f_softargmax(theta, divergence, log_q)
+
+    assert_close(torch.func.jacrev(function)(theta), torch.func.jacfwd(function)(theta))
+    assert_close(torch.func.jacrev(function)(theta), jacobian(function, theta))
+
+    def square(theta: Tensor) -> Tensor:
+        return function(theta).square().sum()
+
+    forward_over_reverse = torch.func.hessian(square)(theta)
+    reverse_over_reverse = torch.func.jacrev(torch.func.jacrev(square))(theta)
+    slopes = finite_differences(torch.func.grad(lambda t: function(t).square().sum()), theta, 1e-5)
+    assert_close(forward_over_reverse, reverse_over_reverse, 1e-12)
+    assert_close(forward_over_reverse, slopes, 1e-8)
+
+
+def test_torch_finds_the_forward_derivatives_right():
+    theta, log_q = draw(1, 3, seed=51).requires_grad_(), draw(1, 3, seed=52).requires_grad_()
+
+    def function(theta: Tensor, log_q: Tensor) -> Tensor:
+        return f_softargmax(theta, Alpha(0.5), log_q)
+
+    assert torch.autograd.gradcheck(function, (theta, log_q), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, (theta, log_q), check_fwd_over_rev=True)
+
+
+# -- where it stands in a program ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", [KL(), Alpha(1.5), JS(0.5)], ids=repr)
+def test_autocast_changes_nothing(divergence):
+    theta = draw(3, LARGE, seed=53).float().requires_grad_()
+    expected = f_softargmax(theta, divergence)
+    (slope,) = torch.autograd.grad(expected.square().sum(), theta)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = f_softargmax(theta, divergence)
+        (found,) = torch.autograd.grad(x.square().sum(), theta)
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x, expected, rtol=0.0, atol=0.0)
+    torch.testing.assert_close(found, slope, rtol=0.0, atol=0.0)
+
+
+def test_scores_of_any_order_and_length_have_their_candidates_found():
+    """Sorted ones have all of their support in one group; 1500 atoms leave 28 over; wide ones many groups."""
+    theta = draw(4, LARGE, seed=54)
+    theta[0], theta[1] = theta[0].sort(descending=True).values, theta[1].sort().values
+    theta[2, -5:] += 3.0
+    assert_close(f_softargmax(theta, Alpha(1.5)), by_sorting(theta, 1.5))
+    assert_close(f_softargmax(0.02 * theta, Alpha(1.5)), by_sorting(0.02 * theta, 1.5))
+
+
+@pytest.mark.parametrize("divergence", OPTIMA, ids=repr)
+def test_a_proximal_policy_is_one_call(divergence):
+    """argmax of E[reward] - beta D(reference, policy), against roots of psi found on grids."""
+    policy = f_softargmax(REWARDS / BETA, divergence.reverse, REFERENCE.log())
+    assert_close(policy, optimum(divergence), 1e-9)
+
+
+@pytest.mark.parametrize("divergence", [Alpha(1.5), Alpha(2.0), Alpha(3.0), Pearson(), JS(0.3)], ids=repr)
+def test_references_of_very_unlike_masses_keep_their_digits(divergence):
+    """The best score stands where there is least mass, and sparse rows among many that are not."""
+    theta, log_q = draw(40, NARROW, seed=55), 6 * draw(40, NARROW, seed=56).log_softmax(-1)
+    theta = theta * torch.tensor([1.0, 10.0, 100.0, 0.1], dtype=torch.float64).repeat(10).unsqueeze(-1)
+    x = f_softargmax(theta, divergence, log_q)
+    assert_optimal(divergence, theta, log_q, x)
+    alone = [f_softargmax(t[None], divergence, q[None]) for t, q in zip(theta, log_q, strict=True)]
+    assert_close(x, torch.cat(alone), 1e-11)

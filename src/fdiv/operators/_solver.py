@@ -31,21 +31,26 @@ def solve(theta: Tensor, log_q: Tensor, divergence: FDivergence) -> Solution:
     low = -torch.where(gap > -math.inf, log_q, -math.inf).logsumexp(-1, keepdim=True)
     high = -torch.where(gap == 0, log_q, -math.inf).logsumexp(-1, keepdim=True)
     if isinstance(divergence, Alpha) and 1.1 <= divergence.alpha <= 2 and bool((high < FAR).all()):
-        return _solve_power(gap, log_q.exp(), divergence.alpha - 1, high)
+        return _solve_power(gap, log_q, divergence.alpha - 1, high)
     log_x, slope, converged = _newton(gap, log_q, divergence, low, high)
-    if not converged:
-        log_x, slope = _bracketed(gap, log_q, divergence, low, high)
+    if not bool(converged.all()):
+        left = (~converged).squeeze(-1).nonzero().squeeze(-1)
+        found = _bracketed(gap[left], log_q[left], divergence, low[left], high[left])
+        log_x, slope = (t.index_copy(0, left, new) for t, new in zip((log_x, slope), found, strict=True))
     return Solution((log_x - log_x.logsumexp(-1, keepdim=True)).exp(), slope)
 
 
-def _solve_power(gap: Tensor, q: Tensor, power: float, high: Tensor) -> Solution:
+def _solve_power(gap: Tensor, log_q: Tensor, power: float, high: Tensor) -> Solution:
     """`Alpha(1 + power)`, power in (0, 1]: x = q (z + power gap)_+^(1/power), z = e^(power t).
 
     The sum of x is convex in z: Newton from above comes down to the root and never passes it.
     """
-    below, root, x = power * gap, 1 / power, q
+    q = x = log_q.exp()
+    below, root = power * gap, 1 / power
     tolerance = 4 * torch.finfo(gap.dtype).eps
     z = (power * high).exp()
+    if log_q.stride() != (0, 0):  # no x_j is above 1; the best atom's alone may say so far above the root
+        z = z.minimum(((-power * log_q).exp() - below).amin(-1, keepdim=True))
     for _ in range(MAX_STEPS):
         y = (z + below).clamp(min=0.0)
         # x = rate y; the rate is 0 outside the support also where its power is y^0.
@@ -59,12 +64,13 @@ def _solve_power(gap: Tensor, q: Tensor, power: float, high: Tensor) -> Solution
 
 
 def _newton(gap: Tensor, log_q: Tensor, divergence: FDivergence, low: Tensor, high: Tensor):
-    """(log x, slope, whether it converged): Newton on t and on all log-ratios at once, without inverting f'.
+    """(log x, slope, which rows converged): Newton on t and on all log-ratios at once, without inverting f'.
 
     It starts from f' on a grid, which also holds each log-ratio in the cell of its slope.
     """
     slopes, lowest = slopes_of(divergence, gap.dtype, gap.device), divergence.slope_at_zero
     best, at_best, flat = gap == 0, gap.argmax(-1, keepdim=True), flat_rise(divergence, gap.dtype)
+    small = torch.finfo(gap.dtype).eps ** 0.6
 
     def guess(t: Tensor) -> Tensor:
         slope = gap + slopes.at(t)
@@ -73,7 +79,8 @@ def _newton(gap: Tensor, log_q: Tensor, divergence: FDivergence, low: Tensor, hi
     t = rising_root(lambda t: (guess(t) + log_q).logsumexp(-1, keepdim=True), low, high, 1e-3)
     log_ratio = guess(t).clamp(min=slopes.log_ratio[0].item())
     slope = slopes.at(t)
-    for _ in range(NEWTON_STEPS):
+    log_x, converged = log_ratio + log_q, torch.zeros_like(low, dtype=torch.bool)
+    for left in reversed(range(NEWTON_STEPS)):
         value, rise = _phi_and_rise(divergence, log_ratio)
         slope, best_rise = value.gather(-1, at_best), rise.gather(-1, at_best)
         inside = best | (gap + slope > lowest)
@@ -89,11 +96,15 @@ def _newton(gap: Tensor, log_q: Tensor, divergence: FDivergence, low: Tensor, hi
         target = gap + slope + best_rise * step
         least, most = slopes.cell(target)
         log_ratio = torch.where(best, t, (log_ratio + error + rate * step).clamp(least, most).fmin(t))
-        off = (share * error.abs()).sum(-1, keepdim=True) + step.abs()
-        if bool((off <= torch.finfo(gap.dtype).eps ** 0.6).all()):  # then the step just taken was the last
-            inside = best | (target > lowest)
-            return torch.where(inside, log_ratio + log_q, -math.inf), slope + best_rise * step, True
-    return log_ratio + log_q, slope, False
+        slope = slope + best_rise * step
+        converged = (share * error.abs()).sum(-1, keepdim=True) + step.abs() <= small
+        if bool(converged.all()) or left == 0:  # then the step just taken was the last
+            log_x = torch.where(best | (target > lowest), log_ratio + log_q, -math.inf)
+            # unless an atom had stood where f' is too flat for it to move: its cell has brought it back.
+            converged = converged & (log_x.logsumexp(-1, keepdim=True).abs() <= small)
+            if bool(converged.all()):
+                break
+    return log_x, slope, converged
 
 
 def flat_rise(divergence: FDivergence, dtype: torch.dtype) -> float:

@@ -1,7 +1,6 @@
 """The metric family: problems that come with their exact answer, oracles, axioms and edges."""
 
 import math
-import sys
 from functools import partial
 
 import pytest
@@ -174,17 +173,17 @@ def test_sinkhorn_is_the_converged_fixed_point_to_its_stated_accuracy(p):
 
     cross = exact(x, y, log_a, log_b)
     debiased = cross - (exact(x, x, log_a, log_a) + exact(y, y, log_b, log_b)) / 2
-    for dtype in (torch.float32, torch.float64):
+    for dtype, accuracy in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
         cast = [t.to(dtype) for t in (x, y, log_a, log_b)]
-        assert Sinkhorn(blur, p).between(*cast).item() == pytest.approx(debiased, rel=1e-4)
+        assert Sinkhorn(blur, p).between(*cast).item() == pytest.approx(debiased, rel=accuracy)
         biased = Sinkhorn(blur, p, debias=False).between(*cast).item()
-        assert biased == pytest.approx(cross, rel=1e-4)
+        assert biased == pytest.approx(cross, rel=accuracy)
 
 
 def test_sinkhorn_tends_to_transport_and_to_energy():
     x, y, log_a, log_b = problem()
     clouds = (x, y, log_a, log_b)
-    assert Sinkhorn(0.01, scaling=0.995).between(*clouds).item() == pytest.approx(
+    assert Sinkhorn(0.01).between(*clouds).item() == pytest.approx(
         Wasserstein1D().between(*clouds).item() / 2, rel=1e-2
     )
     assert Sinkhorn(1e4, p=1).between(*clouds).item() == pytest.approx(
@@ -201,12 +200,6 @@ def test_sinkhorn_leaves_the_grad_mode_as_it_was():
     assert Sinkhorn(1.0).between(x, y).requires_grad
 
 
-def test_sinkhorn_without_its_library_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "geomloss", None)
-    with pytest.raises(ImportError, match=r'pip install "fdiv\[transport\]"'):
-        Sinkhorn(1.0)
-
-
 # -- axioms ----------------------------------------------------------------------------------------
 
 
@@ -217,7 +210,7 @@ def test_metric_axioms_hold(divergence):
     back = divergence.between(y, x, log_b, log_a)
     assert there.item() > 0
     assert there.item() == pytest.approx(back.item())
-    assert divergence.between(x, x, log_a, log_a).item() == 0
+    assert divergence.between(x, x, log_a, log_a).item() == pytest.approx(0, abs=1e-14)
     assert divergence.between(x, x, log_a, weights(6, seed=9)).item() > 0
 
 
@@ -272,11 +265,10 @@ def test_gradients_in_points_and_weights_are_those_of_the_value(divergence):
 def test_sinkhorn_gradients_are_those_of_the_value_at_convergence(p):
     def value(x, y, log_a, log_b):
         weighted = (log_a.log_softmax(-1), log_b.log_softmax(-1))
-        return Sinkhorn(2.0, p, scaling=0.995).between(x, y, *weighted)
+        return Sinkhorn(2.0, p, tolerance=1e-12).between(x, y, *weighted)
 
     inputs = tuple(t.requires_grad_() for t in problem(n=3, m=3))
-    # The annealing starts from the diameter of the points, so the value itself is known to 1e-6.
-    assert torch.autograd.gradcheck(value, inputs, eps=1e-3, atol=2e-3)
+    assert torch.autograd.gradcheck(value, inputs)
 
 
 @pytest.mark.parametrize("divergence", LINE, ids=repr)
@@ -288,9 +280,8 @@ def test_the_first_variation_on_points_is_the_price_of_moving_mass(divergence):
     p, q = log_p.exp(), log_q.exp()
     by_p = on((p + move).log(), log_q) - on((p - move).log(), log_q)
     by_q = on(log_p, (q + move).log()) - on(log_p, (q - move).log())
-    tolerance = 1e-2 if isinstance(divergence, Sinkhorn) else 1e-6
-    assert by_p.item() == pytest.approx(2 * (in_p * move).sum().item(), rel=tolerance)
-    assert by_q.item() == pytest.approx(2 * (in_q * move).sum().item(), rel=tolerance)
+    assert by_p.item() == pytest.approx(2 * (in_p * move).sum().item(), rel=1e-6)
+    assert by_q.item() == pytest.approx(2 * (in_q * move).sum().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("divergence", [Wasserstein1D(), Sliced(directions=4), Energy()], ids=repr)
@@ -372,7 +363,8 @@ def test_wasserstein_refuses_the_plane_and_names_sliced():
         lambda: Sinkhorn(0.0),
         lambda: Sinkhorn(1.0, p=3),
         lambda: Sinkhorn(1.0, debias="yes"),
-        lambda: Sinkhorn(1.0, scaling=1.0),
+        lambda: Sinkhorn(1.0, tolerance=0.0),
+        lambda: Sinkhorn(1.0, chunk=-1),
         lambda: MMD("gaussian"),
         lambda: MMD(Gaussian),
     ],

@@ -5,17 +5,23 @@ arXiv 1706.06083.
 
     x' <- project(x' + step_size * direction),   direction = sign(gradient), or gradient/|gradient| under "l2"
 
-`project` goes to the nearest point of the ball around x that also lies within `bounds`.
+`project` goes to the nearest point of the ball around x that also lies within `bounds`. The paper's training,
+cross-entropy at x', is `AdversarialTraining`.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+
+from fdiv._divergence import FDivergence
+from fdiv.divergences.kl import KL
+from fdiv.methods._method import Consumes, Out, mean_over_tokens
+from fdiv.methods.supervise._labels import of_label, scores_of
 
 NORMS = ("linf", "l2")
 STARTS = ("uniform", "normal", "none")
@@ -168,3 +174,26 @@ def evaluated(network: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@dataclass(frozen=True)
+class AdversarialTraining:
+    """Cross-entropy of inputs that an attack has moved to where it is large."""
+
+    consumes: ClassVar[Consumes] = "examples"
+    reads: ClassVar[tuple[str, ...]] = ("labels", "inputs", "network")
+    divergence: ClassVar[FDivergence] = KL()
+
+    attack: Attack = field(default_factory=Attack)
+
+    def __call__(
+        self, *, labels: Tensor, inputs: Tensor, network: nn.Module, count: Tensor | float | None = None
+    ) -> Out:
+        """labels [B], inputs [B, ...]; the attack sees the network in eval mode. count: as everywhere."""
+
+        def surprise(x: Tensor) -> Tensor:
+            return -of_label(scores_of(network(x), labels).log_softmax(-1), labels)
+
+        with evaluated(network):
+            worst = self.attack(inputs, surprise)
+        return Out(mean_over_tokens(surprise(worst), count=count), {})

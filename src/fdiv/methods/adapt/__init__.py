@@ -1,0 +1,1 @@
+"""Adapting a trained network to data without labels."""

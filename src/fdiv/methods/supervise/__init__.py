@@ -1,0 +1,1 @@
+"""Learning from labels under other losses than cross-entropy."""

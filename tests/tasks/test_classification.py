@@ -14,7 +14,7 @@ from fdiv.methods.robust.attacks import Attack
 from fdiv.networks.all import MLP
 from fdiv.tasks.classification import Classification
 from fdiv.tasks.labelled import Labelled, loaded
-from fdiv.tasks.labelled_measurement import classified, g_mean, macro_f1
+from fdiv.tasks.labelled_measurement import classified, g_mean, macro_f1, under_attack
 from fdiv.tasks.shifts import shifted
 
 NEW = torch.Generator
@@ -168,3 +168,17 @@ def test_without_a_reference_nothing_is_compared():
     model = Classifier.fresh(MLP(width=4), torch.Size([13]), 3, seed=0)
     found = classified(model, None, data, {"KL()": KL()}, None, 0)
     assert found["divergences"] == {} and "KL()" not in found["scalars"]
+
+
+def test_an_attack_goes_by_what_the_scores_mean(measured):
+    """Read the other way round, the same scores are attacked the other way round."""
+
+    class Turned:
+        def log_probs(self, logits):
+            return (-logits).log_softmax(-1)
+
+    task, model, _ = measured
+    turned = Classifier(model.model, model.architecture, model.shape, model.outputs, Turned())
+    data, attack = task.held_out(None), Attack(epsilon=0.2, steps=3)
+    wrong = Labelled(data.inputs, turned.log_probs(data.inputs).argmax(-1))
+    assert (under_attack(turned, wrong, attack, 0) == wrong.labels.numpy()).mean() < 0.9

@@ -1,5 +1,8 @@
 """The networks that a recipe can name."""
 
+from fdiv.networks.autoencoder import Autoencoder as Autoencoder
 from fdiv.networks.cnn import CNN as CNN
+from fdiv.networks.gru import GRU as GRU
+from fdiv.networks.latent import Latent as Latent
 from fdiv.networks.mlp import MLP as MLP
 from fdiv.networks.transformer import Transformer as Transformer

@@ -104,10 +104,16 @@ def under_attack(model: Classifier, data: Labelled, attack: Attack, seed: int) -
             inputs, labels = inputs.to(device), labels.to(device)
 
             def wrong(moved: Tensor, labels: Tensor = labels) -> Tensor:
-                return torch.nn.functional.cross_entropy(model.model(moved), labels, reduction="none")
+                return torch.nn.functional.cross_entropy(_scores(model, moved), labels, reduction="none")
 
             guesses.append(model.log_probs(attack(inputs, wrong)).argmax(-1).cpu())
     return torch.cat(guesses).double().numpy()
+
+
+def _scores(model: Classifier, inputs: Tensor) -> Tensor:
+    """What rises with the chance of a class: its log-probability or, where a sparse link has none, the logit."""
+    log_q = model.log_probs(inputs)
+    return log_q if bool(log_q.isfinite().all()) else model.model(inputs)
 
 
 # -- of label and guess, [N, 2] ---------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Objectives on what a network reads off its inputs, and how."""

@@ -1,6 +1,6 @@
 """Writes docs/gallery.md: runs every examples/plot_*.py and shows its picture with what its head says.
 
-A picture that is newer than its example is kept. `python docs/generate_gallery.py NAME ...` makes those alone.
+A picture that is newer than its example is kept. `python docs/generate_gallery.py NAME` makes it alone.
 """
 
 import ast
@@ -14,8 +14,8 @@ EXAMPLES, PICTURES, PAGE = DOCS.parent / "examples", DOCS / "gallery", DOCS / "g
 HEAD = """\
 # Gallery
 
-This page is written by `docs/generate_gallery.py` from `examples/plot_*.py`; do not edit it. Each example is one
-file, takes the folder of its picture as its argument, and prints the numbers behind it.
+This page is written by `docs/generate_gallery.py` from `examples/plot_*.py`; do not edit it. Each example
+is one file, takes the folder of its picture as its argument, and prints the numbers behind it.
 """
 ENTRY = """
 ## {title}

@@ -51,9 +51,10 @@ def ours_from_logits(
     return done.value, done.q_slope
 
 
-@torch.no_grad()
-def sinkhorn(x: Tensor, y: Tensor, blur: float, scaling: float) -> Outcome:
-    return Outcome(Sinkhorn(blur, debias=False, scaling=scaling).between(x, y))
+def sinkhorn(x: Tensor, y: Tensor, blur: float, tolerance: float) -> Outcome:
+    """With its gradient in x, if x asks for one."""
+    value = Sinkhorn(blur, debias=False, tolerance=tolerance).between(x, y)
+    return Outcome(value.detach(), torch.autograd.grad(value.sum(), x) if x.requires_grad else ())
 
 
 def alpha_entmax(logits: Tensor, alpha: float) -> Outcome:

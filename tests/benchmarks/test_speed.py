@@ -199,11 +199,14 @@ def test_a_peer_says_what_it_does_not_cover():
 
 def test_transport_solvers_are_set_to_one_error():
     pytest.importorskip("ot")
-    (case,) = sinkhorn.cases(quick=True)
-    expected = sinkhorn._exact(*(points.double() for points in sinkhorn.problem(4, 16))).value
-    for candidate in case.candidates:
-        error = measure.relative_error(candidate.step().value, expected)
-        assert error <= sinkhorn.ERROR, candidate.name
+    expected = sinkhorn._exact(*(points.double() for points in sinkhorn.problem(4, 16)))
+    for case, gradients in zip(sinkhorn.cases(quick=True), (0, 1), strict=True):
+        for candidate in case.candidates:
+            found = candidate.step()
+            assert measure.relative_error(found.value, expected.value) <= sinkhorn.ERROR, candidate.name
+            assert len(found.gradients) == gradients
+            for gradient, exact in zip(found.gradients, expected.gradients, strict=False):
+                assert measure.relative_error(gradient, exact) <= 0.1, candidate.name
 
 
 def test_the_entmax_reference_solves_its_own_optimality_condition():

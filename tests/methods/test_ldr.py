@@ -184,7 +184,7 @@ def test_scores_that_are_all_zero_stay_so():
 def test_without_a_margin_the_log_probabilities_are_the_truth_where_the_loss_is_least(divergence, lam):
     truth = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04], dtype=torch.float64)
     f = torch.zeros(K, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([f], max_iter=100, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS([f], max_iter=60, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
 
     def expected_loss():
         optimiser.zero_grad()
@@ -222,8 +222,8 @@ def settled(method, steps=2000):
     return memory
 
 
-@pytest.mark.parametrize("alpha", [1.2, 2.0, 5.0])
-@pytest.mark.parametrize("lam", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("alpha", [1.2, 3.0])
+@pytest.mark.parametrize("lam", [0.1, 10.0])
 def test_where_lam_stays_the_loss_is_largest_in_lam(alpha, lam):
     """max over lam of psi(lam) - (alpha log K / (2 lam_0)) (lam - lam_0)^2, on a grid."""
     method = ALDR(lam=lam, alpha=alpha)
@@ -316,7 +316,7 @@ def test_a_large_alpha_is_ldr():
 
 
 @each_divergence
-@pytest.mark.parametrize("lam", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("lam", [1e-3, 1e3])
 def test_scores_that_are_worlds_apart_give_finite_values_and_gradients(divergence, lam):
     logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0], [90.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     labels = torch.tensor([0, 0, 1, 2])

@@ -178,7 +178,7 @@ def test_wrong_settings_are_refused_with_what_to_write_instead():
         ({"weight": -1.0}, "weight >= 0"),
         ({"temperature": 0.0}, "temperature divides"),
         ({"eps": 0.0}, "spread of the plan"),
-        ({"iterations": 0}, "at least 1"),
+        ({"iterations": 0}, ">= 1"),
         ({"iterations": 2.5}, "whole number.*None"),
     ):
         with pytest.raises(ValueError, match=says):

@@ -5,13 +5,13 @@ from functools import partial
 
 import pytest
 import torch
+from tests.transport.problems import TIGHT, cloud, problem, weights
 
 from fdiv import JS, KL, TV
 from fdiv.transport.clouds import sinkhorn_between
 from fdiv.transport.costs import Power, squared_distance
 from fdiv.transport.debiased import sinkhorn_divergence
 from fdiv.transport.sinkhorn import self_sinkhorn, sinkhorn
-from tests.transport.problems import TIGHT, cloud, problem, weights
 
 gradcheck = partial(torch.autograd.gradcheck, fast_mode=True)  # along random directions
 gradgradcheck = partial(torch.autograd.gradgradcheck, fast_mode=True)
@@ -114,7 +114,9 @@ def test_the_envelopes_plan_is_a_constant_and_its_hessian_is_refused():
 
 
 @pytest.mark.parametrize("cost", [squared_distance, Power(1.5), Power(1)], ids=["squares", "1.5", "1"])
-@pytest.mark.parametrize(("grad", "chunk"), [("envelope", 0), ("envelope", 2), ("implicit", 0), ("unroll", 0)])
+@pytest.mark.parametrize(
+    ("grad", "chunk"), [("envelope", 0), ("envelope", 2), ("implicit", 0), ("unroll", 0)]
+)
 def test_the_gradient_in_points_is_that_of_finite_differences(cost, grad, chunk):
     y, log_b = cloud(4, 2, seed=1), weights(4)
 
@@ -128,7 +130,9 @@ def test_the_gradient_in_points_is_that_of_finite_differences(cost, grad, chunk)
 
 
 @pytest.mark.parametrize("marginals", ["balanced", 2.0 * KL()], ids=repr)
-@pytest.mark.parametrize(("grad", "chunk"), [("envelope", 0), ("envelope", 2), ("implicit", 0), ("unroll", 0)])
+@pytest.mark.parametrize(
+    ("grad", "chunk"), [("envelope", 0), ("envelope", 2), ("implicit", 0), ("unroll", 0)]
+)
 def test_the_gradient_of_the_divergence_is_that_of_finite_differences(marginals, grad, chunk):
     def of(x, y, log_a, log_b):
         if marginals == "balanced":

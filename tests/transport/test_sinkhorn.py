@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
+from tests.transport.problems import TIGHT, cloud, kl, primal, problem, weights
 
 from fdiv.transport.sinkhorn import Solver, self_sinkhorn, sinkhorn
-from tests.transport.problems import TIGHT, cloud, kl, primal, problem, weights
 
 
 @pytest.mark.parametrize("eps", [3.0, 0.3, 0.05])

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from tests.transport.problems import TIGHT, primal, problem
 
 from fdiv import JS, KL, TV, Generator, Pearson, ReverseKL, SquaredHellinger
 from fdiv.transport._marginals import By, ByKL, ByTV, marginal_of
 from fdiv.transport.sinkhorn import Solver, self_sinkhorn, sinkhorn
-from tests.transport.problems import TIGHT, primal, problem
 
 PENALTIES = [2.0 * KL(), 0.7 * TV(), JS(), ReverseKL(), 0.5 * Pearson(), SquaredHellinger(), KL() + TV()]
 CLOSE = Solver(tolerance=1e-10)
@@ -40,7 +40,9 @@ def test_an_optimum_has_minus_f_for_the_slope_of_the_penalty(penalty):
     cost, log_a, log_b = unequal()
     found = sinkhorn(cost, log_a, log_b, 0.5, marginals=penalty, solver=CLOSE)
     log_ratio = found.marginals[0].log() - log_a
-    smooth = (log_ratio.abs() > 1e-6) if not penalty.is_smooth else torch.ones_like(log_ratio, dtype=torch.bool)
+    smooth = (
+        (log_ratio.abs() > 1e-6) if not penalty.is_smooth else torch.ones_like(log_ratio, dtype=torch.bool)
+    )
     torch.testing.assert_close(found.f[smooth], -penalty.phi(log_ratio)[smooth], rtol=1e-6, atol=1e-7)
 
 

@@ -92,6 +92,7 @@ READABLE_IN_EXAMPLES = {
     "stages": "the outputs of its stages, a list; the last are the features",
     "network": "the student, a fdiv.networks Network",
     "q_hidden, q_weight": "* only of a text: its states and its head, see FusedLinear",
+    "p_weight": "* only of a text: the reference's head",
     "p_logits, p_features, p_stages, p_network": "the same of the reference, without gradient",
     "index": "[B] the number of the example in the training data",
     "log_prior": "* [C] log of the classes' share of the training labels, or of what the task states",

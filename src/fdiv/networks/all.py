@@ -1,6 +1,7 @@
 """The networks that a recipe can name."""
 
 from fdiv.networks.autoencoder import Autoencoder as Autoencoder
+from fdiv.networks.autoencoder import ConvAutoencoder as ConvAutoencoder
 from fdiv.networks.cnn import CNN as CNN
 from fdiv.networks.gru import GRU as GRU
 from fdiv.networks.latent import Latent as Latent

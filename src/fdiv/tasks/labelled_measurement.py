@@ -111,7 +111,7 @@ def under_attack(model: Classifier, data: Labelled, attack: Attack, seed: int) -
 
 
 def _scores(model: Classifier, inputs: Tensor) -> Tensor:
-    """What rises with the chance of a class: its log-probability or, where a sparse link has none, the logit."""
+    """What rises with a class's chance: its log-probability or, where a sparse link has none, the logit."""
     log_q = model.log_probs(inputs)
     return log_q if bool(log_q.isfinite().all()) else model.model(inputs)
 

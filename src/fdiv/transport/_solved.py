@@ -12,7 +12,7 @@ from fdiv.transport._gradients import dual_value, envelope, implicit_potentials,
 from fdiv.transport._pairs import Dense, Tiles, weighted
 from fdiv.transport._plan import Transport
 from fdiv.transport._problem import Problem, Solution, Stop
-from fdiv.transport._solver import alternate, anneal, average
+from fdiv.transport._solver import alternate, anneal, average, nearer
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 WIDE = 1000.0  # from this |cost| / eps on, the start is annealed
@@ -68,7 +68,9 @@ def solved(
         plain = given.detached()
         problem = Problem(plain.pairs, plain.log_a, plain.log_b, plain.eps, plain.at_a, plain.at_b)
         tolerance = tolerance_of(problem.pairs, problem.eps, solver)
-        first = _start(problem, solver, mirrored) if start is None else _given_start(problem, batch, *start)
+        first = _start(problem, solver, mirrored)
+        if start is not None:
+            first = nearer(problem, _given_start(problem, batch, *start), first)
     if grad == "unroll":
         return _unrolled(given, first, tolerance, batch, reference, solver, mirrored)
     with torch.no_grad():

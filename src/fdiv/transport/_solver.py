@@ -16,6 +16,7 @@ from fdiv.transport._pairs import Dense, weighted
 from fdiv.transport._problem import Problem, Solution, Stop
 from fdiv.transport._run import Mirror, Run
 
+FAR = 0.5  # the error of a given start from which it is not used
 LONGEST = 10  # steps between two looks at the error
 PATIENCE = 50  # steps before Newton's method may take over,
 WORTH = 400  # and the steps still to go from which it is the cheaper
@@ -44,6 +45,15 @@ def anneal(problem: Problem) -> tuple[Tensor, Tensor]:
         if bool((heat >= 1).all()):
             return f, g
         heat = (2 * heat).clamp(max=1.0)
+
+
+def nearer(
+    problem: Problem, start: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """`start` where its marginals are roughly right, else `other`: from far away a small eps takes long."""
+    run = Run(problem, *start)
+    near = (run.error(run.exact_rows()) < FAR).unsqueeze(-1)
+    return torch.where(near, start[0], other[0]), torch.where(near, start[1], other[1])
 
 
 def _iterate(run: Run, stop: Stop) -> Solution:

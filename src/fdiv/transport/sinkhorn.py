@@ -45,7 +45,8 @@ def sinkhorn(
     Shapes: cost [..., N, M], log_a [..., N], log_b [..., M], eps a number or [...], broadcastable -> [...].
     Weights are natural logarithms, uniform by default; -inf leaves an atom out. A cost of +inf forbids a
     pair. float16 and bfloat16 are computed in float32. Balanced masses that differ by at most 1 %, as after
-    rounding, are both scaled to their geometric mean. `start`: potentials (f, g) of a similar problem.
+    rounding, are both scaled to their geometric mean. `start`: potentials (f, g) of a similar problem,
+    which are used if their marginals miss by less than half of the mass.
     Errors: ValueError for empty sides, nan costs, an atom with weight but without an allowed partner, and
     for balanced marginals of different masses; RuntimeError with Solver(unconverged="raise").
     Source: Cuturi, "Sinkhorn Distances: Lightspeed Computation of Optimal Transport" (arXiv 1306.0895);

@@ -147,7 +147,7 @@ EXPORTS = {
     "Attack": "epsilon=0.1, steps=10, step_size=None, norm='linf', bounds=(0.0, 1.0), "
     "start='uniform', noise=0.001",
     "DONE": "lam=1.0, rate=0.1, attack=Attack(epsilon=0.1, steps=10, step_size=None, norm='linf', "
-    "bounds=(0.0, 1.0), start='uniform', noise=0.001), barrier=0.01, steps=10, "
+    "bounds=(0.0, 1.0), start='uniform', noise=0.001), barrier=0.001, steps=10, "
     "linear=GMRES(tolerance=0.001, steps=1000, memory=30)",
     "CVaR": "share=0.3",
     "DRO": "divergence, lam=None, rho=None, rate=None",
@@ -172,6 +172,7 @@ EXPORTS = {
     "MongeGap": "eps, cost=None, relative=False, solver=Solver(tolerance=None, max_iter=10000, "
     "unconverged='warn', annealed=None, newton=True)",
     "sinkhorn": None,
+    "AdversarialTraining": "attack",
     "Decoding": "temperature=1.0, top_k=None, top_p=1.0",
     "Sampler": None,
     "Offline": "decoding",

@@ -120,6 +120,7 @@ from fdiv.methods.rl.occupancy import OccupancyReward as OccupancyReward
 from fdiv.methods.rl.rose import ROSE as ROSE
 from fdiv.methods.rl.wsrl import WSRL as WSRL
 from fdiv.methods.robust.adversarial_comp_sum import AdversarialCompSum as AdversarialCompSum
+from fdiv.methods.robust.attacks import AdversarialTraining as AdversarialTraining
 from fdiv.methods.robust.attacks import Attack as Attack
 from fdiv.methods.robust.done import DONE as DONE
 from fdiv.methods.robust.dro import DRO as DRO

@@ -205,8 +205,8 @@ def test_transport_solvers_are_set_to_one_error():
             found = candidate.step()
             assert measure.relative_error(found.value, expected.value) <= sinkhorn.ERROR, candidate.name
             assert len(found.gradients) == gradients
-            for gradient, exact in zip(found.gradients, expected.gradients, strict=False):
-                assert measure.relative_error(gradient, exact) <= 0.1, candidate.name
+            for gradient, wanted in zip(found.gradients, expected.gradients, strict=False):
+                assert measure.relative_error(gradient, wanted) <= 0.1, candidate.name
 
 
 def test_the_entmax_reference_solves_its_own_optimality_condition():

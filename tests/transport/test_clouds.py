@@ -161,6 +161,8 @@ def test_the_divergence_is_that_of_geomloss_balanced_and_not():
         assert found.item() == pytest.approx(expected.item(), rel=1e-4)
         gradients = (torch.autograd.grad(value, x)[0] for value in (found, expected))
         ours, theirs = gradients
+        if reach:  # geomloss's is that of its value times (rho + eps / 2) / (rho + eps)
+            theirs = theirs * (reach**2 + 0.49) / (reach**2 + 0.49 / 2)
         assert (ours - theirs).norm() < 1e-2 * ours.norm()
 
 

@@ -75,7 +75,7 @@ def test_what_does_not_converge_warns_raises_or_keeps_quiet_as_asked():
 
     with pytest.warns(RuntimeWarning, match="1 of 1 transport problems did not converge in 2 steps"):
         solve("warn")
-    with pytest.raises(RuntimeError, match="tolerance is 1.0e-09"):
+    with pytest.raises(RuntimeError, match=r"tolerance is 1\.0e-09"):
         solve("raise")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -161,8 +161,7 @@ def test_an_atom_without_weight_changes_nothing_and_has_the_price_of_giving_it_s
 
 
 def test_a_forbidden_pair_carries_nothing():
-    cost, log_a, log_b = problem(4, 4)
-    cost = cost.clone()
+    cost = problem(4, 4)[0].clone()
     cost[0, :2] = cost[3, 2] = math.inf
     found = sinkhorn(cost, eps=2.0, solver=TIGHT)
     assert found.converged and (found.plan[0, :2] == 0).all() and found.plan[3, 2] == 0

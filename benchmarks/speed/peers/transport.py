@@ -1,4 +1,4 @@
-"""Entropic transport by POT and geomloss: the dual value a problem, in geomloss's units, and its gradient in x."""
+"""Entropic transport by POT and geomloss: dual values in geomloss's units, and their gradients in x."""
 
 from typing import Any
 

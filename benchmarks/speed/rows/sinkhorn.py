@@ -16,9 +16,9 @@ from benchmarks.speed.peers import peer
 BATCH, POINTS = 64, 64
 BLUR = 0.09  # eps = blur^2 is then a twentieth of the mean cost in the unit square
 ERROR = 1e-3
-SCALINGS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998)
-ITERATIONS = (5, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500)
-TOLERANCES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 3e-3, 1e-3)
+SCALINGS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995, 0.998)
+ITERATIONS = (5, 10, 15, 20, 25, 30, 35, 40, 50, 70, 100, 150, 200, 300, 500)
+TOLERANCES = (0.5, 0.3, 0.2, 0.1, 0.07, 0.05, 0.04, 0.03, 0.02, 0.01, 3e-3, 1e-3)
 CONVERGED = 3000
 
 

@@ -22,6 +22,7 @@ class Family:
     Errors: TypeError for a parameter that is no floating-point tensor, or a `make` that gives no
     f-divergence; ValueError for one of several numbers, or at the very edge of what `make` allows.
 
+    >>> import torch
     >>> from fdiv import Alpha, f_softargmax
     >>> alpha = torch.tensor(1.5, requires_grad=True)
     >>> x = f_softargmax(torch.tensor([1.0, 0.5, -1.0]), Family(Alpha, alpha))

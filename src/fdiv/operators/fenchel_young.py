@@ -10,7 +10,7 @@ from fdiv._divergence import FDivergence, Sum, require_f_divergence
 from fdiv._math import in_working_precision
 from fdiv.divergences.alpha import Alpha
 from fdiv.divergences.kl import KL
-from fdiv.operators.softargmax import f_softargmax, scores_and_reference
+from fdiv.operators.softargmax import f_softargmax, held_atoms, scores_and_reference
 from fdiv.operators.softmax import above_empty, regulariser
 
 CELLS = 2**20  # rows x atoms that are worked on at once
@@ -87,11 +87,11 @@ class _Losses(torch.autograd.Function):
         step = max(1, CELLS // max(1, theta.shape[1]))
         for first in range(0, len(theta), step):
             part = slice(first, first + step)
-            reference_there = _part(reference, part)
-            x = f_softargmax(theta[part], divergence, reference_there)
-            scores, log_q = scores_and_reference(theta[part], reference_there)
-            loss[part], support[part] = _losses(scores, log_q, x, target[part], divergence)
-            residual[part] = x
+            scores, log_q = scores_and_reference(theta[part], _part(reference, part))
+            best = scores.amax(-1, keepdim=True)  # both sides are taken from here, for their digits
+            work = _of_few if math.isfinite(divergence.slope_at_zero) else _of_all
+            gain, support[part] = work(scores, best, log_q, divergence, residual[part])
+            loss[part] = gain + _of_target(scores, best, log_q, target[part], divergence)
             _subtract(residual[part], target[part])
         return loss, support, residual
 
@@ -141,64 +141,72 @@ def _part(reference: Tensor | None, part: slice) -> Tensor | None:
     )
 
 
-def _losses(
-    theta: Tensor, log_q: Tensor, x: Tensor, target: Tensor, divergence: FDivergence
+def _of_few(
+    theta: Tensor, best: Tensor, log_q: Tensor, divergence: FDivergence, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(loss, support) of some rows with their maximisers x."""
-    if isinstance(divergence, Sum) and len(divergence.terms) == 1:
-        ((temperature, divergence),) = divergence.terms
-        loss, support = _losses(theta / temperature, log_q, x, target, divergence)
-        return temperature * loss, support
-    if divergence in (KL(), Alpha(1.0)):
-        log_x = (theta + log_q).log_softmax(-1)
-        return _entropy(target, theta) - _expected(log_x, target), (x > 0).sum(-1)
-    top = theta.amax(-1)
-    excess, support = _of_maximiser(theta, log_q, x, top, divergence)
-    return excess - _expected(theta, target) + top + _of_target(target, log_q, divergence), support
+    """(f_softmax(theta - best; q) + f(0) sum q, the support), of the atoms held alone, where f has zeros.
 
-
-def _of_maximiser(
-    theta: Tensor, log_q: Tensor, x: Tensor, top: Tensor, divergence: FDivergence
-) -> tuple[Tensor, Tensor]:
-    """(<x, theta - top> - D(x, q) + f(0) sum q, how many x are > 0): where f has zeros, of the held alone."""
-    if math.isfinite(divergence.slope_at_zero):
-        row, column = x.nonzero(as_tuple=True)
-        each = x[row, column] * (theta[row, column] - top[row])
-        each = each - above_empty(x[row, column].log(), log_q[row, column], divergence)
-        return torch.zeros_like(top).index_add_(0, row, each), row.bincount(minlength=len(x))
-    held = x > 0
-    each = x * (theta - top.unsqueeze(-1)) - above_empty(
-        torch.where(held, x, 1.0).log(), torch.where(held, log_q, 0.0), divergence
-    )
-    return torch.where(held, each, 0.0).sum(-1), held.sum(-1)
-
-
-def _of_target(target: Tensor, log_q: Tensor, divergence: FDivergence) -> Tensor:
-    """D(target, q) - f(0) sum q, [rows], or 0 where f(0) = inf."""
-    if not has_constant(divergence):
-        return log_q.new_zeros(len(log_q))
-    if target.ndim == 2:
-        return regulariser(target.to(log_q.dtype), log_q, divergence)
-    log_q_there = log_q.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-    return above_empty(torch.zeros_like(log_q_there), log_q_there, divergence)
-
-
-def _expected(values: Tensor, target: Tensor) -> Tensor:
-    """<values, target>, [rows]."""
-    if target.ndim == 1:
-        mean = values.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    x goes to `out`.
+    """
+    found = held_atoms(theta, divergence, log_q)
+    if found is None:
+        whole = f_softargmax(theta, divergence, log_q)
+        row, column = whole.nonzero(as_tuple=True)
+        x = whole[row, column]
+        out.copy_(whole)
     else:
-        mean = torch.where(target > 0, target * values, 0.0).sum(-1)
+        row, column, x = found
+        out.zero_().index_put_((row, column), x.to(out.dtype))
+    best = best.squeeze(-1)
+    each = x * (theta[row, column] - best[row]) - above_empty(x.log(), log_q[row, column], divergence)
+    return torch.zeros_like(best).index_add_(0, row, each), row.bincount(minlength=len(out))
+
+
+def _of_all(
+    theta: Tensor, best: Tensor, log_q: Tensor, divergence: FDivergence, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, where all atoms are held but for those left out; without f(0) sum q where that is inf."""
+    x = f_softargmax(theta, divergence, log_q)
+    out.copy_(x)
+    support = (x > 0).sum(-1)
+    temperature, plain = _plain(divergence)
+    if plain == KL():  # f_softmax + sum q, at the temperature
+        return temperature * (((theta - best) / temperature + log_q).logsumexp(-1) + 1), support
+    gain = torch.where(x > 0, x * (theta - best), 0.0).sum(-1)
+    return gain - regulariser(x, log_q, divergence), support
+
+
+def _plain(divergence: FDivergence) -> tuple[float, FDivergence]:
+    """(weight, the divergence without it)."""
+    if divergence == Alpha(1.0):
+        return 1.0, KL()
+    if isinstance(divergence, Sum) and len(divergence.terms) == 1:
+        weight, inner = divergence.terms[0]
+        deeper, plain = _plain(inner)
+        return weight * deeper, plain
+    return 1.0, divergence
+
+
+def _of_target(theta: Tensor, best: Tensor, log_q: Tensor, target: Tensor, divergence: FDivergence) -> Tensor:
+    """D(target, q) - f(0) sum q - <theta - best, target>, [rows]; without the first two where f(0) = inf."""
+    reached = _expected(theta, best, target)
+    if not has_constant(divergence):
+        return -reached
+    if target.ndim == 2:
+        return regulariser(target.to(theta.dtype), log_q, divergence) - reached
+    log_q_there = log_q.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    return above_empty(torch.zeros_like(log_q_there), log_q_there, divergence) - reached
+
+
+def _expected(theta: Tensor, best: Tensor, target: Tensor) -> Tensor:
+    """<theta - best, target>, [rows]."""
+    if target.ndim == 1:
+        mean = (theta.gather(-1, target.unsqueeze(-1)) - best).squeeze(-1)
+    else:
+        mean = torch.where(target > 0, target * (theta - best), 0.0).sum(-1)
     if bool((mean == -math.inf).any()):
         raise ValueError(
             "a target has mass on an atom that is left out: theta, or the reference, is -inf there; leave "
             "such rows out, or give the atom a little mass"
         )
     return mean
-
-
-def _entropy(target: Tensor, like: Tensor) -> Tensor:
-    """sum of y log y, [rows]."""
-    if target.ndim == 1:
-        return like.new_zeros(len(target))
-    return torch.special.xlogy(target, target).sum(-1).to(like.dtype)

@@ -45,19 +45,44 @@ def f_softargmax(
     theta, log_q = scores_and_reference(theta, reference)
     if isinstance(divergence, Family):
         return _learnt(theta, divergence, log_q, dim)
-    require_f_divergence(divergence, "f_softargmax")
-    while isinstance(divergence, Sum) and len(divergence.terms) == 1:
-        ((temperature, divergence),) = divergence.terms
-        theta = theta / temperature
-    if isinstance(divergence, Pearson):  # 2 Alpha(2), for which there is a fast path
-        theta, divergence = theta / 2, Alpha(2.0)
     require_curvature(divergence, "f_softargmax")
+    theta, divergence = _at_own_scale(theta, divergence)
     theta, log_q = theta.movedim(dim, -1), log_q.movedim(dim, -1)
     atoms = theta.shape[-1]
     if theta.numel() == 0 and atoms > 0:
         return theta.movedim(-1, dim).clone()
     rows = _of_rows(theta.reshape(-1, atoms or 1), log_q.reshape(-1, atoms or 1), divergence)
     return rows.reshape(theta.shape).movedim(-1, dim)
+
+
+def held_atoms(
+    theta: Tensor, divergence: FDivergence, reference: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(row, column, x) where x = f_softargmax is > 0, row by row; None where few of the atoms are left out.
+
+    Without gradient, for [rows, atoms] with finite maxima.
+    """
+    theta, log_q = scores_and_reference(theta.detach(), reference)
+    theta, divergence = _at_own_scale(theta, divergence)
+    if not theta.numel() or not bool(theta.amax(-1).isfinite().all()):
+        return None
+    few = candidates(theta, log_q, divergence)
+    if few is None:
+        return None
+    at = (few.row, few.column)
+    x = few.unpack(solve(few.pack(theta[at], -math.inf), few.pack(log_q[at], 0.0), divergence).x)
+    held = x > 0
+    return few.row[held], few.column[held], x[held]
+
+
+def _at_own_scale(theta: Tensor, divergence: FDivergence) -> tuple[Tensor, FDivergence]:
+    """The same problem without a weight on the divergence, which is a temperature."""
+    while isinstance(divergence, Sum) and len(divergence.terms) == 1:
+        ((temperature, divergence),) = divergence.terms
+        theta = theta / temperature
+    if isinstance(divergence, Pearson):  # 2 Alpha(2), for which there is a fast path
+        return theta / 2, Alpha(2.0)
+    return theta, divergence
 
 
 def _learnt(theta: Tensor, family: Family, log_q: Tensor, dim: int) -> Tensor:

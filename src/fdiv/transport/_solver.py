@@ -1,10 +1,10 @@
 """Sinkhorn's iteration for many problems at once, until the marginal that was not just fitted is near enough.
 
 A step fits the rows, F = -log sum_j b_j e^(G_j - C_ij), then the columns. Where the cost is in memory a step
-is two products with a kernel e^(F0 + G0 - C), which is made anew when the potentials have moved far from where
-it was made: no exponential of costs a step, and in float32 neither over- nor underflow. Steps are stretched by
-what is seen of their rate, and problems that are slow all the same end with Newton's method. All in units of
-eps.
+is two products with a kernel e^(F0 + G0 - C), which is made anew when the potentials have moved far from
+where it was made: no exponential of costs a step, and in float32 neither over- nor underflow. Steps are
+stretched by what is seen of their rate, and problems that are slow all the same end with Newton's method. All
+in units of eps.
 """
 
 import torch

@@ -52,7 +52,7 @@ class DONE:
     lam: float = 1.0
     rate: float = 0.1
     attack: Attack = Attack()
-    barrier: float = 0.01
+    barrier: float = 0.001
     steps: int = 10
     linear: LinearSolver | None = GMRES(tolerance=1e-3)
 

@@ -46,7 +46,7 @@ class FenchelYoung:
         if self.reference not in References:
             raise ValueError(
                 f"reference is one of {', '.join(References)}, got {self.reference!r}; for another measure "
-                "call fenchel_young of fdiv.operators with its logarithm"
+                "call fdiv.operators.fenchel_young.fenchel_young with its logarithm"
             )
 
     @property
@@ -64,8 +64,8 @@ class FenchelYoung:
         reference = self.log_reference(logits, log_prior)
         rows, support = fenchel_young(logits, labels, self.divergence, reference)
         metrics = {
-            "support": mean_over_tokens(support.to(rows), count=count),
-            "margin": mean_over_tokens(_margin(logits.detach(), labels), count=count),
+            "support": mean_over_tokens(support.to(rows)),
+            "margin": mean_over_tokens(_margin(logits.detach(), labels)),
             "constant": rows.new_tensor(float(has_constant(self.divergence))),
         }
         return Out(mean_over_tokens(rows, count=count), metrics)

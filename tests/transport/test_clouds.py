@@ -142,7 +142,7 @@ def test_the_divergence_is_convex_in_a_measure():
 
 
 def test_unequal_masses_pay_for_the_difference():
-    """At one point: each of the three problems is that of two Diracs, and S is rho (sqrt m_a - sqrt m_b)^2."""
+    """At one point S is rho (sqrt m_a - sqrt m_b)^2: each of the three problems is that of two Diracs."""
     point = torch.zeros(1, 2, dtype=torch.float64)
     log_a, log_b = (torch.tensor([math.log(m)], dtype=torch.float64) for m in (1.7, 0.6))
     eps, rho = 1e-4, 2.0

@@ -289,7 +289,7 @@ def test_a_students_network_may_be_a_plugins_and_start_from_the_reference(tmp_pa
 
 def test_a_network_that_is_misspelt_is_refused_when_the_recipe_is_read(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'MLP'"):
-        load(write(tmp_path, student={"network": "MPL(width=3)"}))
+        load(write(tmp_path, student={"network": "MLPP(width=3)"}))
 
 
 def test_a_batch_counts_its_examples():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fdiv.transport._problem import Problem
 
-TRIALS = 6  # of ever shorter steps
+TRIALS = 12  # of ever shorter steps
 RISE = 1e-4  # of the promised gain in h, from which a step is taken
 DAMPING = 1e-2  # of the error is added to the curvature, which is all but singular far from the solution
 
@@ -42,7 +42,7 @@ def ascend(problem: Problem, g: Tensor, tolerance: Tensor, steps: int) -> tuple[
             break
         direction = _direction(problem, point, damping * error)
         point, rose = _climb(problem, point, direction, at_work)
-        damping = torch.where(rose, damping / 3, damping * 10).clamp(1e-4, 1.0)
+        damping = torch.where(rose, damping / 3, damping * 10).clamp(1e-4, 100.0)
         taken = taken + at_work
     return point, point.lacking.abs().sum(-1) / mass, taken
 
@@ -79,7 +79,7 @@ def factored_step(
     q = plan * inverse_root(rows).unsqueeze(-1) * scale.unsqueeze(-2)
     flat = torch.nn.functional.normalize(torch.where(torch.as_tensor(stiff), bottom, 0.0).sqrt(), dim=-1)
     curvature = flat.unsqueeze(-1) * flat.unsqueeze(-2) - q.mT @ q
-    curvature.diagonal(dim1=-2, dim2=-1).add_(1 + damping.clamp(1e-13, 1e-3).unsqueeze(-1))
+    curvature.diagonal(dim1=-2, dim2=-1).add_(1 + damping.clamp(1e-13, 0.1).unsqueeze(-1))
     factor, failed = torch.linalg.cholesky_ex(curvature)
     step = torch.cholesky_solve((lacking * scale).unsqueeze(-1), factor).squeeze(-1) * scale
     usable = (failed == 0) & step.isfinite().all(-1)

@@ -5,8 +5,8 @@ Transport plans under several blurs and penalties
 Three hills against two, on a line. A large eps blurs the plan, a small one leaves a curve: the optimal map.
 Where marginals may be missed, any f-divergence can be the price. KL thins out everywhere, most where mass has
 far to go. Total variation carries mass whole or not at all: it cuts pieces out of the hills whose way costs
-more than its weight. The squared Hellinger distance, which is bounded too, thins out, and even leaves some mass
-where there should be next to none.
+more than its weight. The squared Hellinger distance, which is bounded too, thins out, and even leaves some
+mass where there should be next to none.
 
 Prints what each plan carries and costs, and writes `transport_plans.png`. A few seconds on one core.
 """

@@ -7,8 +7,8 @@ Newton Iterations", arXiv 2401.12253.
 
 Near the optimum P is all but sparse: its largest entries are kept off the diagonal, and the diagonal is
 whole, so M stays positive. The paper's eta is 1 / eps, its x and y are f and g, its r and c are a and b, its
-N_1 is `warmup`; for lambda, the density that is kept, stands `keep`, entries an atom. Here the rows are fitted after
-each step, and a ridge that fades with the error keeps the first ones short.
+N_1 is `warmup`; for lambda, the density that is kept, stands `keep`, entries an atom. Here rows are fitted
+after each step, and a ridge that fades with the error keeps the first ones short.
 """
 
 from typing import NamedTuple

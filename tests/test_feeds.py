@@ -27,7 +27,13 @@ from fdiv import (
 from fdiv.adapters.transformers import CausalLM
 from fdiv.feeds import Counts, Part, feed_of
 from fdiv.feeds.responses import Responses
-from fdiv.methods._method import READABLE, READABLE_IN_PAIRS, READABLE_IN_ROLLOUTS, READABLE_IN_TWO
+from fdiv.methods._method import (
+    READABLE,
+    READABLE_IN_EXAMPLES,
+    READABLE_IN_PAIRS,
+    READABLE_IN_ROLLOUTS,
+    READABLE_IN_TWO,
+)
 from fdiv.parallel import Spread, World
 from fdiv.recipe import TrainSpec
 from fdiv.sample._sampler import Decoding
@@ -63,15 +69,18 @@ class Given:
         return self.text.rows(slice(0, len(prompts.ids)))
 
 
+NEEDED = {"DRO": {"lam": 1.0}}  # what has no default
+
+
 def methods():
     """Every exported method at its defaults."""
     members = [m for m in vars(fdiv).values() if isinstance(m, type) and hasattr(m, "consumes")]
-    return [m() for m in members if m is not fdiv.Method]
+    return [m(**NEEDED.get(m.__name__, {})) for m in members if m is not fdiv.Method]
 
 
 def test_methods_read_what_the_menu_offers():
     menus = {"responses": (READABLE, READABLE_IN_TWO), "pairs": (READABLE_IN_PAIRS,)}
-    menus |= {"tokens": (), "rollouts": (READABLE_IN_ROLLOUTS,)}
+    menus |= {"tokens": (), "rollouts": (READABLE_IN_ROLLOUTS,), "examples": (READABLE_IN_EXAMPLES,)}
     for method in methods():
         names = (names for menu in menus[method.consumes] for names in menu)
         menu = {name for several in names for name in several.split(", ")}

@@ -462,3 +462,11 @@ def test_a_batch_that_processes_cannot_share_evenly_is_refused():
     assert [World(rank, 2, "cpu").share(4) for rank in range(2)] == [slice(0, 2), slice(2, 4)]
     with pytest.raises(ValueError, match="3 sequences cannot be shared evenly by 2 processes"):
         World(0, 2, "cpu").share(3)
+
+
+def test_a_key_that_is_missing_is_named_without_repeating_the_recipe(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({("methd" if k == "method" else k): v for k, v in TINY.items()}))
+    with pytest.raises(RecipeError, match="key 'method' is missing; unknown key 'methd'") as error:
+        load(path)
+    assert len(str(error.value)) < 200 + len(str(path))

@@ -350,6 +350,8 @@ def _set(data: dict, keys: list[str], value: Any) -> None:
 def _explain(error: Any) -> str:
     """One validation error in a sentence, with the nearest key for an unknown one."""
     where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"key {where!r} is missing"
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg']}, got {error['input']!r}"
     known = _keys_beside(error["loc"])

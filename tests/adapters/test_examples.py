@@ -15,9 +15,13 @@ NEEDS = {
     "trl_grpo": "trl",
     "lightning_distillation": "lightning",
     "transformers_trainer": "accelerate",
+    "plot_decision_boundaries": "sklearn",
     "plot_in_context_bandit": "matplotlib",
+    "plot_monge_maps": "matplotlib",
     "plot_reward_hacking": "gymnasium",
     "plot_robust_put": "matplotlib",
+    "plot_sparse_outputs": "matplotlib",
+    "plot_transport_plans": "matplotlib",
     "plot_unlearning_digits": "sklearn",
     "warm_start": "gymnasium",
 }

@@ -246,8 +246,57 @@ def network_parameters(inputs: int, width: int, outputs: int) -> int:
     return (inputs + 1) * width + (width + 1) * width + (width + 1) * outputs
 
 
-def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path):
-    recipe = load(write(tmp_path, method="TAID()", divergences=[]))
+# A critic beside the student, and steps that leave the student alone.
+TURNS = """
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import ClassVar
+from fdiv import KL, Out
+
+@dataclass(frozen=True)
+class Turns:
+    consumes: ClassVar[str] = "examples"
+    alternating: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ("inputs", "network", "module", "step")
+    divergence: KL = KL()
+
+    def beside(self, network, p_network):
+        return deepcopy(network)
+
+    def __call__(self, *, inputs, network, module, step, count):
+        target = module(inputs)
+        loss = (target - 1).square().mean()
+        if step % 3 == 2:
+            loss = loss + (network(inputs) - target.detach()).square().mean()
+        return Out(loss, {})
+"""
+
+
+def test_what_gets_no_gradient_is_not_moved():
+    namespace: dict[str, Any] = {}
+    exec(TURNS, namespace)
+    made, model = feed(namespace["Turns"]()), network(0)
+    beside = made.attend(model)
+    assert beside is not None
+    optimizer = torch.optim.AdamW([*model.model.parameters(), *beside.parameters()])
+    moved = []
+    for step in range(6):
+        before = [p.clone() for p in model.model.parameters()]
+        (part,) = made.parts(model, step)
+        made.loss(model, part, part.counts).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved.append(
+            any(not torch.equal(a, b) for a, b in zip(before, model.model.parameters(), strict=True))
+        )
+    assert moved == [False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("method", ["TAID()", "Turns()"])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path, method):
+    (tmp_path / "turns.py").write_text(TURNS)
+    train = RECIPE["train"] | {"average": 0.9}
+    recipe = load(write(tmp_path, method=method, divergences=[], plugins=["turns.py"], train=train))
     member = next(m for m in members(recipe) if m.label != "labels")
 
     class Killed(Exception):

@@ -190,9 +190,21 @@ LAYERS = (
     {"_math"},
     {"_divergence", "_ratio", "_metric", "_bregman"},
     {"divergences", "notation"},
-    {"operators", "estimate", "transport", "kernels", "testing", "sample", "networks"},
+    {"operators", "estimate", "transport", "diffusion", "kernels", "testing", "sample", "networks"},
     {"methods"},
-    {"adapters", "tasks", "teachers", "evaluate", "recipe", "parallel", "pools", "feeds", "train", "compare"}
+    {
+        "adapters",
+        "tasks",
+        "teachers",
+        "evaluate",
+        "recipe",
+        "averaging",
+        "parallel",
+        "pools",
+        "feeds",
+        "train",
+        "compare",
+    }
     | {"environments", "matching"}
     | {"catalogue"},
     {"cli", "__main__"},

@@ -110,9 +110,17 @@ class Spread:
 
     how: "ddp" copies it to each process, "fsdp" shards parameters, gradients and optimiser (FSDP2). Whatever
     computes with the model goes through `run`. beside: what is trained with it, and left out in the end.
+    alternating: a step may train the one and not the other.
     """
 
-    def __init__(self, model: nn.Module, how: How, world: World, beside: nn.Module | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        how: How,
+        world: World,
+        beside: nn.Module | None = None,
+        alternating: bool = False,
+    ):
         self.model, self.world = model, world
         self.sharded = world.size > 1 and how == "fsdp"
         self.trained = Step(model, beside)
@@ -120,7 +128,7 @@ class Spread:
         if self.sharded:
             _shard(self.step, model, world)
         elif world.size > 1:
-            self.step = DistributedDataParallel(self.step)
+            self.step = DistributedDataParallel(self.step, find_unused_parameters=alternating)
 
     def run(self, function: Callable, *args: Any) -> Any:
         """function(*args), from which gradients are wanted."""

@@ -88,6 +88,9 @@ class TrainSpec(Section):
     betas: tuple[float, float] = Field(default=(0.9, 0.98), description="AdamW's moments")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay")
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    average: float | None = Field(
+        default=None, gt=0, lt=1, description="rate of a moving average of the weights, which is what is kept"
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="autocast of the forward pass"
     )

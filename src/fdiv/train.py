@@ -24,6 +24,7 @@ from fdiv._divergence import Divergence
 from fdiv.adapters.lora import adapted, merged
 from fdiv.adapters.trackers import open_trackers
 from fdiv.adapters.transformers import CausalLM
+from fdiv.averaging import Average
 from fdiv.feeds import Counts, Feed, Part, feed_of
 from fdiv.methods.distill.sft import SFT
 from fdiv.parallel import Spread, World
@@ -154,7 +155,11 @@ def optimise(model: CausalLM, feed: Feed, spec: TrainSpec, folder: Path, run: Ru
         network: Any = model.model
         enable = getattr(network, "activation_checkpointing_enable", None)  # its newer name
         (enable or network.gradient_checkpointing_enable)({"use_reentrant": False})
-    spread = Spread(model.model, spec.parallel, world, beside=feed.attend(model))
+    alternating = getattr(feed.method, "alternating", False)
+    spread = Spread(model.model, spec.parallel, world, beside=feed.attend(model), alternating=alternating)
+    if spec.average and spread.sharded:
+        raise ValueError("train.average follows whole weights, and fsdp shards them; write parallel: ddp")
+    average = Average(model.model, spec.average) if spec.average else None
     optimizer = torch.optim.AdamW(
         spread.parameters(),
         lr=spec.learning_rate,
@@ -163,7 +168,7 @@ def optimise(model: CausalLM, feed: Feed, spec: TrainSpec, folder: Path, run: Ru
         fused=True,
     )
     feed.whole = spread.whole
-    start = resume(spread, optimizer, feed, folder)
+    start = resume(spread, optimizer, feed, average, folder)
     with closing(Log(folder, run, spec, start)) if world.leads else nullcontext() as log:
         for step in range(start, spec.steps):
             for group in optimizer.param_groups:
@@ -179,6 +184,8 @@ def optimise(model: CausalLM, feed: Feed, spec: TrainSpec, folder: Path, run: Ru
                 )
             optimizer.step()
             optimizer.zero_grad()
+            if average:
+                average.follow(step)
             done = step + 1
             feed.after_step(model, numbers, done / spec.steps)
             numbers |= {"grad_norm": norm.item(), "lr": learning_rate(spec, step)}
@@ -189,7 +196,9 @@ def optimise(model: CausalLM, feed: Feed, spec: TrainSpec, folder: Path, run: Ru
             if log and told:
                 log.write(done, numbers)
             if done % spec.checkpoint_every == 0 and done < spec.steps:
-                checkpoint(spread, optimizer, feed, done, folder)
+                checkpoint(spread, optimizer, feed, average, done, folder)
+    if average:
+        average.settle()
     return whole(model, spread, peft, spec)
 
 
@@ -279,7 +288,14 @@ def learning_rate(spec: TrainSpec, step: int) -> float:
     return spec.learning_rate * (1 + math.cos(math.pi * way)) / 2
 
 
-def checkpoint(spread: Spread, optimizer: torch.optim.Optimizer, feed: Feed, step: int, folder: Path) -> None:
+def checkpoint(
+    spread: Spread,
+    optimizer: torch.optim.Optimizer,
+    feed: Feed,
+    average: Average | None,
+    step: int,
+    folder: Path,
+) -> None:
     """Write checkpoint/ beside the old one and swap them, so that a kill leaves one of the two whole."""
     state = {
         "step": step,
@@ -287,6 +303,7 @@ def checkpoint(spread: Spread, optimizer: torch.optim.Optimizer, feed: Feed, ste
         "optimizer": spread.moments(optimizer),
         "state": feed.state,
         "memory": feed.memory,
+        "average": average.weights if average else {},
     }
     if spread.world.leads:
         current, old, new = (folder / name for name in CHECKPOINTS)
@@ -301,7 +318,9 @@ def checkpoint(spread: Spread, optimizer: torch.optim.Optimizer, feed: Feed, ste
     spread.world.wait()
 
 
-def resume(spread: Spread, optimizer: torch.optim.Optimizer, feed: Feed, folder: Path) -> int:
+def resume(
+    spread: Spread, optimizer: torch.optim.Optimizer, feed: Feed, average: Average | None, folder: Path
+) -> int:
     """Load the last checkpoint, if there is one, and drop the log lines after it; returns its step."""
     places = [folder / name / "state.pt" for name in CHECKPOINTS[:2]]
     found = spread.world.agree(lambda: next((place for place in places if place.exists()), None))
@@ -313,6 +332,8 @@ def resume(spread: Spread, optimizer: torch.optim.Optimizer, feed: Feed, folder:
     state = torch.load(found, weights_only=True, map_location="cpu")
     spread.restore(state["weights"], optimizer, state["optimizer"])
     feed.restore(state["state"], state["memory"])
+    if average:
+        average.restore(state["average"])
     if spread.world.leads:
         lines = [line for line in log.read_text().splitlines() if _step_of(line) <= state["step"]]
         kept = log.with_suffix(".new")

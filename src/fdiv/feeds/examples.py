@@ -15,6 +15,9 @@ from fdiv.methods._method import Adaptive, Out
 from fdiv.tasks.labelled import Labelled
 
 
+READS_OUT = {"log_probs", "sample"}  # a method that states one is saved beside the weights
+
+
 @dataclass
 class Batch:
     """Some examples and their numbers in the training data; -1 for what is not trained on."""
@@ -58,7 +61,7 @@ class Examples(Feed):
         self.state = method.initial_state() if isinstance(method, Adaptive) else {}
         if hasattr(method, "initial_memory"):
             self.memory |= cast(Any, method).initial_memory(self.data, self.teacher)
-        self.now = 0.0  # progress
+        self.now, self.step = 0.0, 0  # progress, and the step that it is taken at
         self.seen: list[dict[str, Any]] = []  # what the method read at this step, if it remembers
 
     def _refuse(self) -> None:
@@ -99,19 +102,26 @@ class Examples(Feed):
             raise ValueError(
                 f"the student has {model.outputs} outputs and the reference {self.reference.outputs}"
             )
-        model.method = self.method if hasattr(self.method, "log_probs") else None
-        if hasattr(self.method, "module"):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
-                shapes = shapes_of(model.model, self.teacher, self.data.inputs[:2])
-                self.module = self.method.module(shapes).to(self.device)
+        model.method = self.method if READS_OUT & set(dir(self.method)) else None
+        self.module = self._made_beside(model)
         beside = [m for m in (self.module, self.teacher if self.both else None) if m is not None]
         return nn.ModuleList(beside).train() if beside else None
+
+    def _made_beside(self, model: Classifier) -> nn.Module | None:
+        """The method's module, made for the shapes of both networks or out of the networks themselves."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            if hasattr(self.method, "module"):
+                shapes = shapes_of(model.model, self.teacher, self.data.inputs[:2])
+                return self.method.module(shapes).to(self.device)
+            if hasattr(self.method, "beside"):
+                return self.method.beside(model.model, self.teacher).to(self.device)
+        return None
 
     # -- batches --------------------------------------------------------------------------------------------
 
     def parts(self, model: Classifier, step: int) -> list[Batch]:
-        self.now, self.seen = self.progress_at(step), []
+        self.now, self.step, self.seen = self.progress_at(step), step, []
         first = step * self.spec.batch_size
         index = self._order(first, first + self.spec.batch_size)
         return self._mine(self.data.rows(index.to(self.device)), index)

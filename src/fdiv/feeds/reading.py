@@ -83,6 +83,10 @@ class Reading:
         return self._feed.now
 
     @property
+    def step(self) -> int:
+        return self._feed.step
+
+    @property
     def state(self) -> dict[str, float]:
         return self._feed.state
 

@@ -82,7 +82,9 @@ READABLE_IN_ROLLOUTS = {
 # And one that consumes "examples": inputs with labels or, of a text, its tokens (those marked *). Without
 # `reads` it is handed logits and labels. unit = "batch" keeps the global batch whole; teaches = "both" trains
 # the reference as well. One with tables states `initial_memory(data, reference)`, which makes them, and
-# `remember(memory, ...)`, which writes to them after each step; one with a `module(shapes)` has it trained.
+# `remember(memory, ...)`, which writes to them after each step; one with a `module(shapes)` has it trained, or
+# one with a `beside(network, p_network)`. alternating = True: not every step gives both a gradient. One with
+# a `sample(network, noise, condition)` says how a generator's samples are made, as `log_probs` scores.
 READABLE_IN_EXAMPLES = {
     "logits": "* [B, C] the student's scores, with gradient; in a regression the prediction [B, K]",
     "labels": "* [B] the class",
@@ -98,6 +100,7 @@ READABLE_IN_EXAMPLES = {
     "log_prior": "* [C] log of the classes' share of the training labels, or of what the task states",
     "module": "what the method's module(shapes) made",
     "memory": "its tables, by name",
+    "step": "the number of the optimiser's step, from 0",
     "progress, state": "as above",
 }
 

@@ -57,7 +57,7 @@ def alone(tmp_path_factory):
     return folder / "out"
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_processes_train_the_weights_of_one(tmp_path, alone, how):
     """Half of the steps are on text that the student writes; each process writes its share of it."""
     run(write(tmp_path), tmp_path / "out", 2, f"train.parallel={how}", "train.micro_batch=2")

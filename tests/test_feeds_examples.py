@@ -24,6 +24,7 @@ from fdiv.parallel import World
 from fdiv.recipe import LoraSpec, ModelSpec, TrainSpec, load, members
 from fdiv.tasks.classification import Classification
 from fdiv.tasks.grammar import Grammar
+from fdiv.tasks.regression import Regression
 from fdiv.train import Run, train_member, train_reference
 
 TASK, SHAPE = Classification("wine"), torch.Size([13])
@@ -182,6 +183,17 @@ def test_a_method_has_its_tables_its_module_and_its_teacher_trained():
 def test_what_would_be_ignored_or_wrong_is_refused_in_a_sentence(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+@pytest.mark.parametrize("method", [SFT(), KD()])
+def test_numbers_are_no_classes(method):
+    task, model = Regression(), Classifier.fresh(MLP(width=6), torch.Size([10]), 1, 0)
+    other: Any = Classifier.fresh(MLP(width=6), torch.Size([10]), 1, 1)
+    made: Any = feed_of(method, task)(method, task, other, SPEC, 0, World(device="cpu"))
+    made.attend(model)
+    (part,) = made.parts(model, 0)
+    with pytest.raises(ValueError, match="learns classes, and this task has numbers to be predicted"):
+        made.loss(model, part, part.counts)
 
 
 def test_a_loss_of_a_whole_batch_is_not_split():

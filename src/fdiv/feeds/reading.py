@@ -124,6 +124,11 @@ class Reading:
         return getattr(self._feed.method, "temperature", 1.0)
 
     def _of_label(self, log_probs: Tensor) -> Tensor:
+        if self.labels.dtype != torch.int64:
+            raise ValueError(
+                f"{self._feed.method!r} learns classes, and this task has numbers to be predicted; write "
+                "SquaredError(), or a task with classes"
+            )
         return log_probs.gather(-1, self.labels.unsqueeze(-1)).squeeze(-1)
 
 

@@ -12,7 +12,7 @@ def scores_of(logits: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(f"logits are [examples, classes >= 2], got {tuple(logits.shape)}")
     if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
-            f"labels are the int64 numbers of {len(logits)} classes, got {labels.dtype} {tuple(labels.shape)}"
+            f"labels are {len(logits)} int64 numbers of classes, got {labels.dtype} {tuple(labels.shape)}"
         )
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
         raise ValueError(

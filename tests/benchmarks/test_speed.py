@@ -209,6 +209,19 @@ def test_transport_solvers_are_set_to_one_error():
                 assert measure.relative_error(gradient, wanted) <= 0.1, candidate.name
 
 
+def test_everybodys_sparse_softmax_has_the_references_gradient():
+    pytest.importorskip("entmax")
+    plain, graded = entmax.cases(quick=True)
+    assert all(not candidate.step().gradients for candidate in plain.candidates)
+    assert graded.reference is not None
+    expected = graded.reference()
+    for candidate in graded.candidates[:-1]:  # the last is the softmax
+        found = candidate.step()
+        assert measure.relative_error(found.value, expected.value) < 1e-5, candidate.name
+        (gradient,), (wanted,) = found.gradients, expected.gradients
+        assert measure.relative_error(gradient, wanted) < 1e-5, candidate.name
+
+
 def test_the_entmax_reference_solves_its_own_optimality_condition():
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).double()
     p = entmax._exact(logits).value

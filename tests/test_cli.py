@@ -1,11 +1,9 @@
 """What a user sees in the terminal."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
@@ -14,18 +12,13 @@ from tests.test_train import TINY
 from fdiv.cli import main
 
 
-def fdiv(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "fdiv", *arguments]
-    environment = os.environ | {"COLUMNS": "120"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch, capsys):
-    """The same in this process, in a folder of its own: (code, standard output, standard error)."""
+    """The command in this process and a folder of its own: (code, standard output, standard error)."""
 
     def call(*arguments: str) -> tuple[object, str, str]:
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("COLUMNS", "120")
         monkeypatch.setattr(sys, "argv", ["fdiv", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
@@ -35,24 +28,24 @@ def here(tmp_path, monkeypatch, capsys):
     return call
 
 
-def test_list_shows_each_divergence_with_its_character(tmp_path):
-    out = fdiv("list", cwd=tmp_path)
-    assert out.returncode == 0
-    assert "ReverseKL()" in out.stdout
-    assert "mode-seeking" in out.stdout
+def test_list_shows_each_divergence_with_its_character(here):
+    code, out, _ = here("list")
+    assert code == 0
+    assert "ReverseKL()" in out
+    assert "mode-seeking" in out
 
 
-def test_train_ends_with_a_table_and_the_path_of_the_report(tmp_path):
+def test_train_ends_with_a_table_and_the_path_of_the_report(tmp_path, here):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    out = fdiv("train", "tiny.yaml", "--out", "runs", cwd=tmp_path)
-    assert out.returncode == 0, out.stderr
-    assert "report.html" in out.stdout
+    code, out, err = here("train", "tiny.yaml", "--out", "runs")
+    assert code == 0, err
+    assert "report.html" in out
     assert (tmp_path / "runs" / "report.html").exists()
     assert [p.name for p in (tmp_path / "runs" / "tiny" / "seed-0").iterdir() if p.name != "teacher"] == [
         "kl"
     ]
-    again = fdiv("report", "runs", "--out", "again.html", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    code, _, err = here("report", "runs", "--out", "again.html")
+    assert code == 0, err
     assert (tmp_path / "again.html").exists()
 
 

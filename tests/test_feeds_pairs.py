@@ -199,6 +199,7 @@ def methods():
     ]
 
 
+@pytest.mark.slow
 def test_a_step_with_a_large_vocabulary_never_holds_tokens_by_vocabulary(monkeypatch):
     monkeypatch.setattr("fdiv.estimate.fused_log_prob.is_worth_compiling", lambda *_: False)  # takes long
     vocab = 151936

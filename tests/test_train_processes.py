@@ -95,6 +95,7 @@ def test_adapters_of_a_sharded_model_train_as_those_of_one_process(tmp_path):
         torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_once_goes_on_as_if_nothing_had_happened(tmp_path, alone):
     recipe, out = write(tmp_path), tmp_path / "out"
     process = subprocess.Popen(command(recipe, out, 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tests.thinned import thinned
 
 from fdiv.adapters import trackers
 from fdiv.adapters.trackers import open_trackers
@@ -128,7 +129,7 @@ def test_a_tracker_shows_each_step_once(tmp_path, name):
     assert curve(name, tmp_path / "run") == list(LOSS.items())
 
 
-@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("name", thinned(PACKAGES))
 def test_a_run_that_was_killed_and_goes_on_shows_each_step_once(tmp_path, name):
     folder = tmp_path / "run"
     folder.mkdir()

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from tests.estimate.test_fused_linear import PeakMemory
+from tests.thinned import thinned
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -139,7 +140,7 @@ def test_the_loss_vanishes_from_the_margin_on(divergence, log_q, margin):
 # -- derivatives again, and forward -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("divergence", [KL(), Alpha(1.5), JS(0.3)], ids=repr)
+@pytest.mark.parametrize("divergence", thinned([Alpha(1.5), KL(), JS(0.3)]), ids=repr)
 @pytest.mark.parametrize("target", [LABELS[:1], TARGETS[:1]], ids=["labels", "distributions"])
 def test_torch_finds_all_derivatives_right(divergence, target):
     theta = THETA[:1].clone().requires_grad_()

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from tests.test_divergences import ROWS
+from tests.thinned import thinned
 from torch import Tensor
 
 from fdiv import JS, KL, TV, Alpha, Generator, Pearson, Renyi, ReverseKL, SquaredHellinger, f_softargmax
@@ -43,7 +44,7 @@ def test_kl_is_log_sum_exp():
     assert_close(f_softmax(THETA, 0.5 * KL(), PRIOR), 0.5 * (2 * THETA + PRIOR).logsumexp(-1))
 
 
-@each_smooth
+@pytest.mark.parametrize("divergence", thinned(SMOOTH), ids=repr)
 def test_it_is_the_objective_at_the_maximiser_and_the_dual_value(divergence):
     """<x, theta> - D(x, q), and tau + sum of q f*(theta - tau): tau is read off the best atom."""
     value, x = f_softmax(THETA, divergence, LOG_Q), f_softargmax(THETA, divergence, LOG_Q)
@@ -88,7 +89,7 @@ def test_it_is_convex_and_keeps_the_order_of_scores(divergence):
     assert (x.gather(-1, order).diff(dim=-1) >= 0).all()
 
 
-@pytest.mark.parametrize("divergence", [KL(), Alpha(1.5), JS(0.3)], ids=repr)
+@pytest.mark.parametrize("divergence", thinned([Alpha(1.5), KL(), JS(0.3)]), ids=repr)
 def test_torch_finds_all_derivatives_right(divergence):
     given = (draw(1, 3, seed=5).requires_grad_(), draw(1, 3, seed=6).requires_grad_())
 

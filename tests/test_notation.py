@@ -1,6 +1,7 @@
 """One notation for code, recipes and logs."""
 
 import importlib
+import math
 import sys
 import types
 
@@ -121,6 +122,12 @@ def test_everything_else_is_refused_without_being_run(text):
 def test_arguments_that_do_not_fit_are_type_errors_that_show_the_signature(text, message):
     with pytest.raises(TypeError, match=message):
         parse(text)
+
+
+def test_infinity_is_written_as_it_prints():
+    limit = parse("LDR(lam=inf)")
+    assert limit.lam == math.inf and parse(repr(limit)) == limit
+    assert parse("(-inf, 1)") == (-math.inf, 1)
 
 
 def test_values_out_of_their_domain_are_refused_while_reading():

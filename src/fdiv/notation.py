@@ -1,6 +1,6 @@
 """One notation for code, YAML, the command line and logs: `parse(repr(x)) == x`.
 
-A text is a Python expression of calls, literals, tuples and lists, plus the arithmetic of divergences
+A text is a Python expression of calls, literals, `inf`, tuples and lists, plus the arithmetic of divergences
 (`0.5 * KL() + TV()`) and `.reverse`. It is read, never evaluated. Names are the classes that fdiv exports
 and those of the packages given as `plugins`; a class name alone means its default: `KL` is `KL()`.
 """
@@ -9,6 +9,7 @@ import ast
 import difflib
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -101,6 +102,8 @@ class _Reader:
             raise TypeError(f"{ast.unparse(node)!r}: {error}; write w * D or D + D") from None
 
     def read_name(self, node: ast.Name) -> object:
+        if node.id == "inf":
+            return math.inf
         if node.id not in self.names:
             close = difflib.get_close_matches(node.id, self.names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else "; `fdiv list` shows what there is"

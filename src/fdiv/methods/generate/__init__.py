@@ -1,0 +1,1 @@
+"""Generators: denoisers, and samplers of one step that are distilled from them."""

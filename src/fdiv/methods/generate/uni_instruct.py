@@ -1,0 +1,176 @@
+"""Uni-Instruct: one-step distillation by an f-divergence of the *samples*, written as one of their scores.
+
+Wang, Bai, Zhang, Zhang, Luo et al., "Uni-Instruct: One-step Diffusion Model through Unified Diffusion
+Divergence Instruction", arXiv 2505.20755.
+
+    D_f(p_0, q_0) = int sigma E_q[ h(r) |s_q - s_p|^2 ] dsigma + D_f at infinite noise,   h(r) = r^2 f''(r)
+    grad E_q[ h |d|^2 ] = grad E[ (h - r h') |d|^2 - 2 h d.(s_q - s_cond) ],   d = s_q - s_p
+
+On the right the functions r, s_p and s_q are fixed, and gradients flow through where they are taken, with
+grad log r = -d. h is `divergence`.curvature. KL() leaves 2 r d.(s_q - s_cond) of it, ReverseKL() twice SiD
+with alpha 1/2. The paper's weight of the GAN loss is `gan`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from fdiv._divergence import FDivergence
+from fdiv._math import derivative
+from fdiv.diffusion.edm import spread_to
+from fdiv.divergences.kl import KL
+from fdiv.methods._method import Consumes, Out
+from fdiv.methods.generate._critic import (
+    Compared,
+    Critic,
+    Known,
+    LogRatio,
+    Rows,
+    alternated,
+    compared,
+    require_critic,
+)
+from fdiv.methods.generate._one_step import (
+    generated,
+    mean_coordinate,
+    require_plan,
+    require_size,
+    require_weight,
+    weights,
+)
+from fdiv.methods.generate._ratio import density_ratio, needs_ratio, require_curvature, require_ratio
+from fdiv.methods.generate.levels import Karras, Levels, LogNormal, require_levels
+
+WEIGHTS = ("distance", "denoiser", "score", "expansion")
+
+
+@dataclass(frozen=True)
+class UniInstruct:
+    """The student's own f-divergence from the teacher, through the expansion over levels of noise.
+
+    weight: of a product of two differences of denoisers: over mean|x0 - D_p| ("distance", the authors'), as
+    it is ("denoiser"), over sigma^4 ("score"), or that and sigma over the density of the levels
+    ("expansion": exactly the divergence, of high variance). Other fields as in `FDistill`.
+    """
+
+    consumes: ClassVar[Consumes] = "examples"
+    reads: ClassVar[tuple[str, ...]] = (
+        "inputs", "labels", "network", "p_network", "module", "step", "state",
+    )  # fmt: skip
+    alternating: ClassVar[bool] = True
+
+    divergence: FDivergence = field(default_factory=KL)
+    every: int = 1
+    gan: float = 0.01
+    sigma_init: float = 2.5
+    levels: Levels = Karras(most=24.4)
+    weight: Literal["distance", "denoiser", "score", "expansion"] = "distance"
+    ratio: tuple[float, float] = (0.1, 20.0)
+    bins: int = 10
+    bin_rate: float = 0.0
+    head_start: int = 0
+    critic: Critic | Known = Critic(levels=LogNormal())
+
+    def __post_init__(self):
+        require_curvature(self.divergence, "UniInstruct")
+        require_plan(self, self.every, self.head_start, self.sigma_init)
+        require_size("UniInstruct", least=0.0, gan=self.gan)
+        require_levels(self.levels, "UniInstruct(levels)")
+        require_weight("UniInstruct", self.weight, WEIGHTS)
+        require_ratio("UniInstruct", self.ratio, self.bins, self.bin_rate)
+        require_critic(self.critic, "UniInstruct")
+        if self.gan and isinstance(self.critic, Known):
+            raise ValueError(f"Known() has no discriminator: write gan=0.0, got {self.gan!r}")
+
+    @property
+    def unit(self) -> str | None:
+        """Ratios are normalised over a batch; reverse KL has none."""
+        return "batch" if needs_ratio(self.divergence) and self.bins else None
+
+    def beside(self, network: Any, p_network: Any) -> nn.Module:
+        return self.critic.beside(network, p_network, self._discriminates)
+
+    @property
+    def _discriminates(self) -> bool:
+        return bool(self.gan) or needs_ratio(self.divergence)
+
+    def initial_state(self) -> dict[str, float]:
+        """The mean ratio of each bin, if it is remembered."""
+        return {f"bin_{k}": 1.0 for k in range(self.bins)} if self.bin_rate else {}
+
+    def advance(
+        self, state: dict[str, float], metrics: dict[str, float], progress: float
+    ) -> dict[str, float]:
+        return {name: metrics.get(name, last) for name, last in state.items()}
+
+    def sample(self, network: Any, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+        return generated(network, noise, self.sigma_init, condition)
+
+    def __call__(
+        self,
+        *,
+        inputs: Tensor,
+        labels: Tensor,
+        network: Any,
+        p_network: Any,
+        module: Any,
+        step: int,
+        state: dict[str, float] | None = None,
+        count: Tensor | float | None = None,
+    ) -> Out:
+        """inputs [B, ...] are data, labels [B, ...] the condition of networks that read one."""
+
+        def own(made: Tensor, noise: Tensor, condition: Any) -> Rows:
+            seen = compared(self, made, condition, network, p_network, module, through=True)
+            ratio = self.critic.log_ratio(module, network, p_network) if self._discriminates else None
+            return self._rows(made, seen, ratio, condition, state or {})
+
+        return alternated(self, own, inputs, labels, network, p_network, module, step, count)
+
+    def _rows(
+        self, made: Tensor, seen: Compared, ratio: LogRatio | None, condition: Any, state: dict[str, float]
+    ) -> Rows:
+        x, level, student, teacher = seen
+        log_ratio, metrics = torch.zeros_like(level.sigma), {}
+        if ratio is not None and needs_ratio(self.divergence):
+            with torch.no_grad():
+                found = ratio(x, level.sigma, condition)
+            found = with_slope(found, x, (teacher - student) / spread_to(level.sigma, x) ** 2)
+            options = self.ratio, self.bins, self.bin_rate
+            log_ratio, metrics = density_ratio(found, level.rank, *options, state)
+            metrics["weight_variance"] = relative_variance(self.divergence, log_ratio.detach())
+        scale = weights(self.weight, made, teacher, level, self.levels, power=2)
+        rows = mean_coordinate(scale * expanded(self.divergence, log_ratio, made, student, teacher))
+        if self.gan and ratio is not None:
+            fooled = softplus(-ratio(x, level.sigma, condition))
+            rows, metrics["gan_loss"] = rows + self.gan * fooled, fooled.detach().mean()
+        return rows, {name: number.detach() for name, number in metrics.items()}
+
+
+def expanded(
+    divergence: FDivergence, log_ratio: Tensor, made: Tensor, student: Tensor, teacher: Tensor
+) -> Tensor:
+    """sigma^4 [(h - r h') |d|^2 - 2 h d.(s_q - s_cond)], coordinate by coordinate [B, ...].
+
+    student and teacher are denoised at one x; s_q - s_cond is (student - made) / sigma^2.
+    """
+    h = divergence.curvature(log_ratio)
+    tangent = h - derivative(divergence.curvature, log_ratio)  # h - r h'(r), for r d/dr = d/dlog r
+    apart = student - teacher
+    return spread_to(tangent, made) * apart.square() - 2 * spread_to(h, made) * apart * (student - made)
+
+
+def with_slope(value: Tensor, x: Tensor, slope: Tensor) -> Tensor:
+    """value [B], with the gradient `slope` [B, ...] in x: the networks' own difference of scores.
+
+    A discriminator's gradient is not trained to be anything; that of log p/q is s_p - s_q.
+    """
+    return value + (slope.detach() * (x - x.detach())).flatten(1).sum(1)
+
+
+def relative_variance(divergence: FDivergence, log_ratio: Tensor) -> Tensor:
+    curvature = divergence.curvature(log_ratio)
+    return (curvature / curvature.mean()).var(correction=0)

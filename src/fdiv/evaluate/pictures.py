@@ -7,6 +7,7 @@ from markupsafe import Markup
 from . import curves, figures
 from .calibration_figures import calibration_names, ece_rows, reliability_grid, reliability_panel
 from .canvas import as_svg, inline, save
+from .drawn import caption, drawn
 from .heatmap import heatmap
 from .reading import axes
 from .sweep import sweep_lines
@@ -40,6 +41,7 @@ def pictures(chapter, look, folder, grid):
         "frontier": _scatters(chapter, look, take) + _evaluated(chapter, look, take),
         "calibration": _calibration(chapter, look, take),
         "training": _training(chapter, look, take),
+        "drawn": take("drawn", drawn(chapter, look), caption(chapter)),
     }
 
 

@@ -1,15 +1,20 @@
 """diffusers: pretrained models as denoisers, and momentum in its pipelines."""
 
+import json
 import math
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("diffusers")
 
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
-from fdiv.adapters.diffusers import MomentumScheduler, Pretrained, clean, levels_of
+from fdiv.adapters.classifier import Classifier
+from fdiv.adapters.diffusers import MomentumScheduler, Pipeline, Pretrained, clean, levels_of
+from fdiv.compare import compare
 from fdiv.diffusion.edm import heun, karras
 from fdiv.diffusion.mixture import Mixture
 from fdiv.diffusion.samplers import adams_bashforth, ghvb, heavy_ball
@@ -211,3 +216,60 @@ def test_a_model_that_learns_its_variance_is_refused():
     )  # fmt: skip
     with pytest.raises(ValueError, match="variance"):
         Pretrained(model, DDPMScheduler())
+
+
+# -- as a network of a recipe -------------------------------------------------------------------------------
+
+
+RECIPE = {
+    "name": "tiny",
+    "plugins": ["fdiv.adapters.diffusers"],
+    "task": 'Images("digits")',
+    "student": "reference",
+    "method": "FDistill(every=2, gan=0.01, levels=Karras(0.02, 20.0), critic=Critic(sigma_data=0.75))",
+    "divergences": ["JS(0.5)"],
+    "train": {"steps": 4, "batch_size": 4, "examples": 16, "log_every": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A pipeline for digits, in a folder."""
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(4, 8), layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("pipeline")
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+def test_a_pipeline_is_distilled_by_a_recipe(saved, tmp_path):
+    pytest.importorskip("sklearn")
+    model = {"network": f'Pipeline("{saved}")'}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | {"reference": {"label": "pipeline", "model": model}}))
+    chapters, failures = compare([path], tmp_path / "runs")
+    assert failures == []
+    log = [json.loads(line) for line in next(chapters[0].glob("*/js*/metrics.jsonl")).open()]
+    assert {"fake_score_loss", "discriminator_accuracy"} <= log[0].keys()
+    student = Classifier.load(next(chapters[0].glob("*/js*/model")), Pipeline(str(saved)))
+    start = Pipeline(str(saved)).build(torch.Size([1, 8, 8]), 64)
+    both = zip(student.model.parameters(), start.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in both)
+
+
+def test_features_are_those_of_the_middle_block():
+    network: Any = tiny()
+    model, x = Pretrained(network, DDPMScheduler()), torch.randn(3, 1, 4, 4)
+    found = model.features(x, torch.full((3,), 0.5))
+    assert found.shape == (3, model.width) == (3, 8)
+    assert not network.mid_block._forward_hooks
+    assert not torch.equal(found, model.features(x, torch.full((3,), 5.0)))
+
+
+def test_a_pipeline_of_another_shape_is_refused(saved):
+    with pytest.raises(ValueError, match=r"shape \(1, 8, 8\), and the task's are \(3, 32, 32\)"):
+        Pipeline(str(saved)).build(torch.Size([3, 32, 32]), 3072)

@@ -5,6 +5,7 @@ s^2 = 1 - a^2. With sigma = s / a that is z = x / sqrt(1 + sigma^2) of our x = x
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from fdiv.diffusion.edm import spread_to
 from fdiv.diffusion.samplers import Multistep, Rule
+from fdiv.networks._network import Network
 
 try:
     from diffusers.configuration_utils import ConfigMixin, register_to_config
     from diffusers.models.unets.unet_2d import UNet2DModel
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 except ImportError as error:
     raise ImportError('this needs diffusers: pip install "fdiv[diffusers]"') from error
@@ -23,7 +26,29 @@ except ImportError as error:
 PREDICTS = ("epsilon", "sample", "v_prediction")
 
 
-class Pretrained(nn.Module):
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline with `unet` and `scheduler`, as DDPMPipeline, for the network of a recipe.
+
+        plugins: [fdiv.adapters.diffusers]
+        reference: {model: {network: 'Pipeline("google/ddpm-cifar10-32")'}}
+
+    path: a hub id, or a folder that save_pretrained wrote. What is trained starts from its weights.
+    """
+
+    path: str
+
+    def build(self, shape: torch.Size, outputs: int) -> "Pretrained":
+        made = Pretrained.of(DiffusionPipeline.from_pretrained(self.path))
+        sizes: Any = made.network.config
+        side = sizes.sample_size
+        own = (sizes.in_channels, *((side, side) if isinstance(side, int) else side))
+        if tuple(shape) != own:
+            raise ValueError(f"{self.path} makes images of shape {own}, and the task's are {tuple(shape)}")
+        return made
+
+
+class Pretrained(Network):
     """A UNet2DModel with its scheduler, or a pipeline of them, as D(x, sigma, condition).
 
     `levels` [times] are the sigma that it was trained at; between two of them the time is interpolated in log
@@ -34,7 +59,7 @@ class Pretrained(nn.Module):
     levels: Tensor
 
     def __init__(self, network: UNet2DModel, scheduler: Any):
-        super().__init__()
+        nn.Module.__init__(self)  # no stages and no head
         self.network, self.predicts = network, _predicts(scheduler)
         self.register_buffer("levels", levels_of(scheduler.alphas_cumprod), persistent=False)
         sizes: Any = network.config
@@ -55,6 +80,23 @@ class Pretrained(nn.Module):
     def conditional(self) -> bool:
         """Whether it reads a class."""
         return self.network.class_embedding is not None
+
+    @property
+    def width(self) -> int:
+        """Of its features: the channels of the middle block."""
+        sizes: Any = self.network.config
+        return sizes.block_out_channels[-1]
+
+    def features(self, x: Tensor, sigma: Tensor | float, condition: Tensor | None = None) -> Tensor:
+        """[B, width], what the middle block returns, averaged over places."""
+        found: list[Tensor] = []
+        middle: Any = self.network.mid_block
+        handle = middle.register_forward_hook(lambda _block, _inputs, output: found.append(output))
+        try:
+            self(x, sigma, condition)
+        finally:
+            handle.remove()
+        return found[0].mean((-2, -1))
 
     def forward(self, x: Tensor, sigma: Tensor | float, condition: Tensor | None = None) -> Tensor:
         if (condition is not None) != self.conditional:

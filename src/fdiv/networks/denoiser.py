@@ -67,6 +67,11 @@ class DenoiserNetwork(Network):
         nn.init.zeros_(self.head.bias)
 
     @property
+    def width(self) -> int:
+        """Of its features."""
+        return self.first.out_features
+
+    @property
     def conditional(self) -> bool:
         return bool(self.classes or self.context)
 

@@ -45,11 +45,11 @@ class Critic:
 
     def beside(self, network: Any, p_network: Any, discriminates: bool) -> "Critics":
         """The fake score starts as the teacher; as the student where the teacher is a formula."""
-        learnt = [n for n in (p_network, network) if isinstance(getattr(n, "head", None), nn.Linear)]
+        learnt = [n for n in (p_network, network) if getattr(n, "width", None)]
         if not learnt:
             raise TypeError(
-                "a fake score starts as a copy of a Denoiser(), which neither teacher nor student is; write "
-                "critic=Known() where both state their law"
+                "a fake score starts as a copy of a network with `features` of a `width`, as Denoiser(), "
+                "which neither teacher nor student is; write critic=Known() where both state their law"
             )
         if not discriminates:
             return Critics(deepcopy(learnt[0]), None)
@@ -126,9 +126,9 @@ class Discriminator(nn.Module):
 
     def __init__(self, source: Any, own: bool):
         super().__init__()
-        width = source.head.in_features
+        width = source.width
         self.trunk = deepcopy(source).requires_grad_(True) if own else None
-        if self.trunk is not None:
+        if self.trunk is not None and hasattr(self.trunk, "head"):
             self.trunk.head = nn.Identity()  # which features do not read
         last = nn.Linear(width, 1)
         nn.init.zeros_(last.weight)

@@ -138,8 +138,8 @@ from fdiv.methods.robust.adversarial_comp_sum import AdversarialCompSum as Adver
 from fdiv.methods.robust.attacks import AdversarialTraining as AdversarialTraining
 from fdiv.methods.robust.attacks import Attack as Attack
 from fdiv.methods.robust.done import DONE as DONE
-from fdiv.methods.robust.dro import CVaR as CVaR
 from fdiv.methods.robust.dro import DRO as DRO
+from fdiv.methods.robust.dro import CVaR as CVaR
 from fdiv.methods.robust.r2pvi import R2PVI as R2PVI
 from fdiv.methods.robust.trades import TRADES as TRADES
 from fdiv.methods.robust.weat import WEAT as WEAT

@@ -6,6 +6,7 @@ from fdiv.feeds._feed import Part as Part
 from fdiv.feeds.cross_tokenizer import CrossTokenizer
 from fdiv.feeds.examples import Examples
 from fdiv.feeds.pairs import PairsFeed
+from fdiv.feeds.paths import PathsFeed
 from fdiv.feeds.responses import Responses
 from fdiv.feeds.rollouts import Rollouts
 from fdiv.feeds.tokens import Tokens
@@ -16,6 +17,7 @@ FEEDS: dict[str, type[Feed]] = {
     "pairs": PairsFeed,
     "rollouts": Rollouts,
     "examples": Tokens,  # of a text
+    "paths": PathsFeed,
 }
 
 
@@ -26,5 +28,7 @@ def feed_of(method, task=None) -> type[Feed]:
     """
     if hasattr(task, "examples"):
         return Examples
+    if hasattr(task, "rolled"):
+        return PathsFeed
     of_teachers_tokens = {"p_group", "p_labels", "p_sequence"} & set(getattr(method, "reads", ()))
     return CrossTokenizer if of_teachers_tokens else FEEDS[method.consumes]

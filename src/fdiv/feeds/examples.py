@@ -14,7 +14,6 @@ from fdiv.feeds.reading import Reading, shapes_of
 from fdiv.methods._method import Adaptive, Out
 from fdiv.tasks.labelled import Labelled
 
-
 READS_OUT = {"log_probs", "sample"}  # a method that states one is saved beside the weights
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fdiv._divergence import Divergence
 
-Consumes = Literal["tokens", "responses", "pairs", "rollouts", "examples"]
+Consumes = Literal["tokens", "responses", "pairs", "rollouts", "examples", "paths"]
 
 # What a method that consumes "responses" can ask for in `reads`, beside its estimator's evidence. Rows are
 # the R response tokens of a micro-batch, sequence by sequence, in the order of the text.
@@ -82,9 +82,9 @@ READABLE_IN_ROLLOUTS = {
 # And one that consumes "examples": inputs with labels or, of a text, its tokens (those marked *). Without
 # `reads` it is handed logits and labels. unit = "batch" keeps the global batch whole; teaches = "both" trains
 # the reference as well. One with tables states `initial_memory(data, reference)`, which makes them, and
-# `remember(memory, ...)`, which writes to them after each step; one with a `module(shapes)` has it trained, or
-# one with a `beside(network, p_network)`. alternating = True: not every step gives both a gradient. One with
-# a `sample(network, noise, condition)` says how a generator's samples are made, as `log_probs` scores.
+# `remember(memory, ...)`, which writes to them after each step; one with a `module(shapes)`, or with a
+# `beside(network, p_network)`, has that trained. alternating = True: not every step gives both a gradient.
+# `sample(network, noise, condition)` says how a generator's samples are made, as `log_probs` reads scores.
 READABLE_IN_EXAMPLES = {
     "logits": "* [B, C] the student's scores, with gradient; in a regression the prediction [B, K]",
     "labels": "* [B] the class",
@@ -104,6 +104,20 @@ READABLE_IN_EXAMPLES = {
     "progress, state": "as above",
 }
 
+# And one that consumes "paths", of K steps, drawn by the sampler that is trained or by an earlier one. What
+# module() makes is trained beside the sampler, what initial_memory(...) makes of the first paths is kept.
+READABLE_IN_PATHS = {
+    "positions": "[B, K + 1, ...] the states of a path",
+    "moves": "[B, K, ...] its steps, less the unbiased drift",
+    "log_reward": "[B] of the path",
+    "length": "[B] the steps to the state that is nearest to the target",
+    "target": "[...] the state that is to be reached",
+    "when": "[K] the share of the horizon that is over before a step",
+    "step_size, variance": "of a step, and of the noise for a unit of time",
+    "network": "the sampler: network(states, target, when) is the force that it adds",
+    "module, memory": "as above",
+}
+
 
 class Out(NamedTuple):
     """A scalar loss to call backward on, and numbers to log (detached)."""
@@ -117,7 +131,8 @@ class Method(Protocol):
     """One paper: a frozen dataclass with a divergence, called with named tensors.
 
     `consumes` says what a step is made of: "tokens" (text with labels), "responses" (and a teacher),
-    "pairs" (chosen and rejected), "rollouts" (sampled groups with rewards), "examples" (inputs and labels).
+    "pairs" (chosen and rejected), "rollouts" (sampled groups with rewards), "examples" (inputs and labels),
+    "paths" (of a diffusion).
     `reads` names what is handed over, of the table READABLE that goes with it.
 
     One that consumes "responses" may state more, each as a field or a property: `estimator` (its evidence is

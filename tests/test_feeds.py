@@ -31,6 +31,7 @@ from fdiv.methods._method import (
     READABLE,
     READABLE_IN_EXAMPLES,
     READABLE_IN_PAIRS,
+    READABLE_IN_PATHS,
     READABLE_IN_ROLLOUTS,
     READABLE_IN_TWO,
 )
@@ -81,6 +82,7 @@ def methods():
 def test_methods_read_what_the_menu_offers():
     menus = {"responses": (READABLE, READABLE_IN_TWO), "pairs": (READABLE_IN_PAIRS,)}
     menus |= {"tokens": (), "rollouts": (READABLE_IN_ROLLOUTS,), "examples": (READABLE_IN_EXAMPLES,)}
+    menus |= {"paths": (READABLE_IN_PATHS,)}
     for method in methods():
         names = (names for menu in menus[method.consumes] for names in menu)
         menu = {name for several in names for name in several.split(", ")}
@@ -91,6 +93,7 @@ def test_every_method_has_a_feed():
     assert {feed_of(method).__name__ for method in methods()} == {
         "CrossTokenizer",
         "PairsFeed",
+        "PathsFeed",
         "Responses",
         "Rollouts",
         "Tokens",

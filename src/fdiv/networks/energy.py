@@ -11,7 +11,7 @@ from fdiv.networks._network import Network, require_sizes
 
 
 @dataclass(frozen=True)
-class Energy:
+class EnergyMLP:
     """A smooth perceptron of `layers` layers of `width` units, plus |x|^2 / (2 confined^2).
 
     The perceptron grows linearly at most, so that e^-E has a finite integral whatever the weights are.

@@ -112,6 +112,11 @@ class InverseOff(Broken):
         return slope + slope.square() / 50
 
 
+class RiseOff(Broken):
+    def closed_rise(self, log_ratio):
+        return 1 + log_ratio / 50
+
+
 class ReversesToItself(Broken):
     @property
     def reverse(self):
@@ -199,6 +204,11 @@ BREAKERS = {
     _objects.is_its_own_notation: NoNotation(weight=3.0),
     _objects.refuses_what_it_cannot_compare: TakesAnything(),
 }
+
+
+def test_a_closed_form_of_the_rise_is_held_to_it():
+    with pytest.raises(AssertionError, match="closed_rise is the slope of phi"):
+        _dual.inverse_slope_inverts_the_slope(RiseOff())
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)

@@ -2,8 +2,8 @@
 
 phi = f'(u) is dg/dp where p = 1; psi = f(u) - u f'(u) is dg/dq where q = 1. Inverting f' takes one
 safeguarded Newton iteration in the log-ratio, in which phi is increasing for every convex f and close to
-linear or exponential at its ends. Members with a closed form give it as `closed_inverse_slope`, a fast
-path that the laws hold to this solver.
+linear or exponential at its ends. Members with a closed form give it as `closed_inverse_slope`, and that of
+u f''(u) as `closed_rise`: fast paths that the laws hold to what is derived here.
 """
 
 import math

@@ -68,6 +68,9 @@ class Alpha(FDivergence):
     def reverse(self) -> "Alpha":
         return Alpha(1 - self.alpha)
 
+    def closed_rise(self, log_ratio: Tensor) -> Tensor:
+        return ((self.alpha - 1) * log_ratio).exp()
+
     def closed_inverse_slope(self, slope: Tensor) -> Tensor:
         power = self.alpha - 1
         return (power * slope).log1p() / power if power else slope

@@ -30,6 +30,9 @@ class Curves:
 
     def rise(self, log_ratio: Tensor) -> Tensor:
         """u f''(u), the slope of f' along finite log-ratios."""
+        closed = None if self.parameters else getattr(self.member, "closed_rise", None)
+        if closed:
+            return closed(log_ratio)
         return self._of(_ratio.phi, log_ratio, 1)
 
     def psi(self, log_ratio: Tensor) -> Tensor:

@@ -53,6 +53,9 @@ def inverse_slope_inverts_the_slope(divergence: FDivergence) -> None:
         says = "the derivative of inverse_slope is 1 / phi'"
         check_close(inverse, x, "inverse_slope(phi(x)) = x", 1e-8, slack, log_ratio=x, slope=slope)
         check_close(derivative, 1 / rise, says, 1e-5, slope=slope)
+    closed_rise = getattr(divergence, "closed_rise", None)
+    if len(slope) and closed_rise:
+        check_close(closed_rise(x), rise, "closed_rise is the slope of phi", 1e-8, log_ratio=x)
     closed_form = getattr(divergence, "closed_inverse_slope", None)
     if len(slope) and closed_form:
         closed, root = closed_form(slope), newton_inverse_slope(divergence, slope)

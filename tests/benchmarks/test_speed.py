@@ -58,6 +58,7 @@ def test_relative_error_is_that_of_norms():
     assert measure.relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0]).double()) == 1 / 5
 
 
+@pytest.mark.slow
 def test_peak_memory_is_found_again_in_blocks_that_the_heap_keeps():
     pins = []  # they lie between the blocks, so that the heap cannot shrink when those are freed
 
@@ -72,6 +73,7 @@ def test_peak_memory_is_found_again_in_blocks_that_the_heap_keeps():
     assert found == pytest.approx([80, 80], abs=6)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_not_that_of_the_first_call():
     sizes = iter([200, 30])
     assert measure.peak_megabytes(lambda: torch.ones(next(sizes) * MEGABYTE)) == pytest.approx(30, abs=4)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from tests.thinned import thinned
 from tests.worlds import DIVERGENCES, close, gradient
 from torch.nn.functional import logsigmoid, softplus
 
@@ -164,7 +165,7 @@ def test_the_reference_receives_no_gradient():
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "hinge", "robust", "exo"])
-@pytest.mark.parametrize("size", [95.0, 200.0, 1e4])
+@pytest.mark.parametrize("size", thinned([1e4, 95.0, 200.0]))
 @each_admissible
 def test_log_ratios_far_beyond_the_range_of_exp_give_finite_values_and_gradients(divergence, size, loss):
     far = torch.tensor([size, size, -size, -size, 0.0])

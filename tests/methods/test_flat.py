@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tests.thinned import thinned
 from tests.worlds import DIVERGENCES, LOG_P, close, each_divergence, each_other_object, gradient, six_symbols
 from torch.nn.functional import softplus
 
@@ -186,7 +187,7 @@ def test_a_step_of_descent_raises_the_template_and_lowers_the_other(divergence, 
     assert after[1] < before[1]
 
 
-@pytest.mark.parametrize("divergence", ALL, ids=repr)
+@pytest.mark.parametrize("divergence", thinned(ALL), ids=repr)
 def test_descent_arrives_at_the_template(divergence):
     """Template and other answer compete for one softmax."""
     logits = torch.tensor([-1.0, 2.0, 0.5], dtype=torch.float64, requires_grad=True)

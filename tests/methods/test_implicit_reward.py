@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tests.thinned import fewer
 from tests.worlds import DIVERGENCES, LOG_P, close, each_divergence, each_other_object, gradient, random_rows
 
 import fdiv
@@ -58,7 +59,7 @@ def test_phi_and_the_weight_are_iq_learns(divergence, phi, weight):
     close(slope, weight(REWARDS), 1e-8)
 
 
-@each_divergence
+@fewer(each_divergence)
 def test_phi_is_concave_and_has_its_weight_as_derivative(divergence):
     reward = torch.linspace(-5.0, 5.0, 41, dtype=torch.float64).requires_grad_()
     method = ImplicitRewardSFT(divergence)

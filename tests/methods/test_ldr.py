@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from scipy.optimize import minimize
+from tests.thinned import fewer
 from tests.worlds import DIVERGENCES, close, each_divergence, each_other_object, gradient
 
 import fdiv
@@ -45,7 +46,7 @@ def test_at_one_and_without_margin_it_is_cross_entropy_less_log_k():
     close(out_of(LDR(Alpha(1.0), margin=0.0)).loss, expected, 1e-12)
 
 
-@each_divergence
+@fewer(each_divergence)
 def test_a_small_lam_makes_it_crammer_and_singers_hinge(divergence):
     hinge = delta(1.0).amax(-1).mean()
     assert out_of(LDR(divergence, lam=0.0, margin=1.0)).loss == hinge
@@ -62,7 +63,7 @@ def test_a_large_lam_makes_it_the_mean_margin(divergence):
     close(out_of(LDR(divergence, lam=1e7, margin=1.0)).loss, mean, 1e-5)
 
 
-@each_divergence
+@fewer(each_divergence)
 def test_no_weighting_of_the_margins_does_better(divergence):
     """The value is attained at p, and higher than at a thousand random weightings."""
     rows, lam = delta(), 0.8
@@ -77,7 +78,7 @@ def test_no_weighting_of_the_margins_does_better(divergence):
     assert (other.amax(0) <= -value + 1e-9).all()
 
 
-@each_divergence
+@fewer(each_divergence)
 def test_the_gradient_is_the_worst_weighting_less_the_label(divergence):
     logits = LOGITS.clone().requires_grad_()
     p = worst(delta(), divergence, 0.8).distribution
@@ -333,7 +334,7 @@ def test_the_other_scores_and_bounds_bear_them_too(scores, top):
     assert out.loss.isfinite() and gradient(out.loss, leaf).isfinite().all()
 
 
-@each_finite_divergence
+@fewer(each_finite_divergence)
 def test_aldr_bears_them_too(divergence):
     method = ALDR(divergence, alpha=1.01)
     memory = method.initial_memory(DATA, None)

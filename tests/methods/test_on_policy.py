@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.thinned import fewer
 from tests.worlds import (
     TRAJECTORIES,
     along_trajectories,
@@ -180,7 +181,7 @@ def test_a_writer_that_is_the_student_needs_no_weight(discount):
     close(expected_gradient(weighted, behaviour=tokens), plain)
 
 
-@each_divergence
+@fewer(each_divergence)
 def test_the_expected_loss_is_the_expected_divergence_whatever_the_discount(divergence):
     _, conditionals = student()
     tokens = of_tokens(conditionals)

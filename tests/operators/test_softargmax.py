@@ -7,7 +7,7 @@ import torch
 from tests.methods.test_fdpo_optimum import BETA, REFERENCE, REWARDS, optimum
 from tests.methods.test_fdpo_optimum import SMOOTH as OPTIMA
 from tests.test_divergences import ROWS
-from tests.thinned import thinned
+from tests.thinned import fewer, thinned
 from torch import Tensor
 
 from fdiv import (
@@ -555,7 +555,7 @@ def test_two_atoms_are_a_sigmoid_cut_off_by_pearson():
 # -- forward mode -------------------------------------------------------------------------------------------
 
 
-@each_kind
+@fewer(each_kind)
 @pytest.mark.parametrize("atoms", [NARROW, LARGE])
 def test_forward_is_the_transpose_of_backward(divergence, atoms):
     theta, log_q = draw(2, atoms, seed=44), draw(2, atoms, seed=45).log_softmax(-1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import linprog, minimize_scalar
 from tests.test_divergences import ROWS
-from tests.thinned import thinned
+from tests.thinned import fewer, thinned
 
 from fdiv import (
     JS,
@@ -275,7 +275,7 @@ def test_the_minimiser_is_f_softargmax_at_minus_the_values():
     assert_close(found.distribution, f_softargmax(-VALUES / 0.4, JS(0.3), LOG_Q))
 
 
-@each_kind
+@fewer(each_kind)
 def test_rows_are_independent_broadcast_and_in_any_dimension(divergence):
     values, log_q = torch.stack([VALUES, VALUES.flip(0) * 3]), LOG_Q.roll(2)
     found = worst_case(values, log_q, divergence, 0.6)

@@ -131,7 +131,7 @@ def test_the_gradient_in_points_is_that_of_finite_differences(cost, grad, chunk)
     assert gradcheck(of, inputs)
 
 
-@pytest.mark.parametrize("marginals", ["balanced", 2.0 * KL()], ids=repr)
+@pytest.mark.parametrize("marginals", thinned([2.0 * KL(), "balanced"]), ids=repr)
 @pytest.mark.parametrize(
     ("grad", "chunk"), [("envelope", 0), ("envelope", 2), ("implicit", 0), ("unroll", 0)]
 )

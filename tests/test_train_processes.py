@@ -117,3 +117,19 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path):
     done = subprocess.run(command(recipe, tmp_path / "out", 2), capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "7 sequences cannot be shared evenly by 2 processes" in done.stderr + done.stdout
+
+
+@pytest.mark.slow
+def test_critics_and_student_take_turns_in_two_processes(tmp_path):
+    """Each process draws noise of its own; a step that leaves the student alone must not wait for it."""
+    net = {"network": "Denoiser(width=8, sigma_data=1.42)"}
+    few = {"steps": 6, "batch_size": 8, "examples": 64, "log_every": 1}
+    recipe = tmp_path / "tiny.yaml"
+    changes = {"task": 'Points("ring", samples=256)', "divergences": [], "train": few}
+    changes |= {"reference": {"model": net, "data": "truth", "train": few}, "student": "reference"}
+    method = "FDistill(ReverseKL(), every=2, gan=0.01, critic=Critic(sigma_data=1.42))"
+    recipe.write_text(yaml.safe_dump(TINY | changes | {"method": method}))
+    run(recipe, tmp_path / "out", 2)
+    log = lines(tmp_path / "out")
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6]
+    assert ["gan_loss" in row for row in log] == [False, True] * 3

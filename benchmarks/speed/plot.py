@@ -1,4 +1,4 @@
-"""The two pictures of docs/speed.md, drawn from the records of one CSV file."""
+"""The pictures of docs/speed.md, drawn from the records of one CSV file."""
 
 from pathlib import Path
 
@@ -9,13 +9,15 @@ from fdiv.evaluate.palette import DASHES, HUES, MARKERS
 WIDTH = 7.0  # inches
 OURS = "fdiv FusedLinear"
 PEERS = ("TRL ChunkedDivergence", "TRL GKD loss", "Liger JSD", "Liger JSD compiled")
+SOLVERS = ("entmax bisection, 50 steps", "entmax15, k=100", "POT solve_batch", "geomloss")
 
 
 def draw(records: list[Record], folder: Path, machine: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, picture in (("speed", _times), ("speed-memory", _memory)):
-        if kind == "speed-memory" and not has_memory(records):
-            continue
+    pictures = {"speed": _times}
+    pictures |= {"speed-memory": _memory} if has_memory(records) else {}
+    pictures |= {"speed-solvers": _solvers} if has_solvers(records) else {}
+    for kind, picture in pictures.items():
         name = f"{kind}-{machine}"
         (folder / f"{name}.svg").write_text(picture(records, name), encoding="utf-8")
 
@@ -24,15 +26,29 @@ def has_memory(records: list[Record]) -> bool:
     return any(r["rows"] == "B7" and r["peak_mb"] for r in records)
 
 
+def has_solvers(records: list[Record]) -> bool:
+    return any(r["rows"] in ("B14", "B15") and r["time_ratio"] for r in records)
+
+
 def _times(records: list[Record], name: str) -> str:
+    """Fused losses."""
+    chosen = [r for r in records if r["rows"] in ("B1-B4", "B5-B6") and r["setting"].startswith("JS")]
+    return _ratios(chosen, PEERS, name)
+
+
+def _solvers(records: list[Record], name: str) -> str:
+    """Sparse softmax and Sinkhorn."""
+    return _ratios([r for r in records if r["rows"] in ("B14", "B15")], SOLVERS, name, log=True)
+
+
+def _ratios(records: list[Record], peers: tuple[str, ...], name: str, log: bool = False) -> str:
     """A peer's time over ours, a row a setting; the bar is the range over rounds."""
-    chosen = [r for r in records if r["rows"] in ("B1-B4", "B5-B6") and r["candidate"] in PEERS]
-    chosen = [r for r in chosen if r["time_ratio"] and r["setting"].startswith("JS")]
+    chosen = [r for r in records if r["candidate"] in peers and r["time_ratio"]]
     settings = list(dict.fromkeys(r["setting"] for r in chosen))
     with drawing(WIDTH, 1.4 + 0.62 * len(settings)) as figure:
         axes = figure.add_subplot()
         handles = []
-        for i, who in enumerate(PEERS, start=1):  # colours are those of the other picture, where 0 is ours
+        for i, who in enumerate(peers, start=1):  # colours are those of the other picture, where 0 is ours
             own = [r for r in chosen if r["candidate"] == who]
             middle = [float(r["time_ratio"]) for r in own]
             spread = [
@@ -47,7 +63,10 @@ def _times(records: list[Record], name: str) -> str:
         axes.axvline(1, color=FAINT, linewidth=1)
         axes.set_yticks(range(len(settings)), settings)
         axes.invert_yaxis()
-        axes.set_xlim(left=0)
+        if log:
+            axes.set_xscale("log")
+        else:
+            axes.set_xlim(left=0)
         axes.set_xlabel("CPU time of the peer / CPU time of fdiv")
         legend_below(figure, handles)
         return as_svg(figure, name)

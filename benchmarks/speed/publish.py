@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.speed.machine import PACKAGES, ROOT
-from benchmarks.speed.plot import draw, has_memory
+from benchmarks.speed.plot import draw, has_memory, has_solvers
 from benchmarks.speed.table import Record, read
 
 RESULTS = ROOT / "benchmarks" / "speed" / "results"
@@ -31,14 +31,23 @@ def _section(records: list[Record], name: str) -> str:
     judged = [line for r in records for line in _judged(r)]
     met, not_met = (sum(verdict == v for *_, verdict in judged) for v in ("met", "not met"))
     body = "\n".join("| " + " | ".join(line) + " |" for line in judged)
+    solvers = f"![The same of solvers](img/speed-solvers-{name}.svg)\n\n" if has_solvers(records) else ""
     memory = f"![Peak memory against tokens](img/speed-memory-{name}.svg)\n\n" if has_memory(records) else ""
     return (
         f"### {last['cpu']}\n\n{last['threads']} thread, medians of {last['rounds']} rounds, {last['date']}, "
         f"commit {commits}. {versions}.\n\n"
         f"![CPU time of the peers over that of fdiv](img/speed-{name}.svg)\n\n"
-        f"{memory}{_missing(records)}"
+        f"{solvers}{memory}{_counted(records)}{_missing(records)}"
         f"Of {len(judged)} targets {met} are met and {not_met} are not.\n\n{HEADER}{body}"
     )
+
+
+def _counted(records: list[Record]) -> str:
+    """Steps of the transport solvers, which the notes of their row tell."""
+    rows = [r for r in records if r["rows"] == "B20"]
+    lines = [f"| {r['setting']} | {r['candidate']} | {r['notes']} | {r['cpu_seconds']} |" for r in rows]
+    head = "| B20, float64 | who | steps | CPU seconds |\n|---|---|---|---|\n"
+    return head + "\n".join(lines) + "\n\n" if rows else ""
 
 
 def _missing(records: list[Record]) -> str:

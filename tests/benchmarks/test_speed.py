@@ -13,7 +13,7 @@ from benchmarks.speed.floor import bare_products
 from benchmarks.speed.heads import Shape, exact, heads
 from benchmarks.speed.peers import beta_of, peer
 from benchmarks.speed.publish import BEGIN, END, publish
-from benchmarks.speed.rows import entmax, sinkhorn
+from benchmarks.speed.rows import entmax, newton, sinkhorn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fdiv
@@ -271,6 +271,25 @@ def test_the_page_takes_the_table_between_its_markers(tmp_path):
     assert "any GPU | everybody | - | - | not measured |" in text
     for name in ("speed-machine", "speed-memory-machine"):
         assert f"img/{name}.svg" in text and "<svg" in (tmp_path / "img" / f"{name}.svg").read_text()
+
+
+def test_solvers_have_a_picture_and_their_steps_a_table(tmp_path):
+    page = tmp_path / "speed.md"
+    page.write_text(f"{BEGIN}{END}")
+    ratio = measure.Ratio(4.0, 3.0, 5.0)
+    solved = Line("B15", "64 problems", "geomloss", "fdiv Sinkhorn", seconds=2.0, ratio=ratio)
+    counted = Line("B20", "40 x 40", "fdiv sinkhorn", "fdiv sparse_newton", seconds=0.5, notes=["65 steps"])
+    table.write(tmp_path / "machine.csv", records(line("B1-B4", 1.5), solved, counted))
+    publish(results=tmp_path, page=page)
+    assert "| 40 x 40 | fdiv sinkhorn | 65 steps | 0.5 |" in page.read_text()
+    assert "geomloss" in (tmp_path / "img" / "speed-solvers-machine.svg").read_text()
+
+
+def test_the_solvers_of_one_transport_agree_on_its_value():
+    for case in newton.cases(quick=True):
+        values = torch.stack([candidate.step().value for candidate in case.candidates])
+        torch.testing.assert_close(values, values[:1].expand_as(values), rtol=1e-9, atol=0.0)
+        assert all(candidate.note.endswith("steps") for candidate in case.candidates)
 
 
 def test_a_page_without_results_says_so(tmp_path):

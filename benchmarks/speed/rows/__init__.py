@@ -15,6 +15,7 @@ from benchmarks.speed.rows import (
     low_precision,
     masked,
     memory,
+    newton,
     peaked,
     sinkhorn,
     top_k,
@@ -49,4 +50,5 @@ GROUPS = (
     Group(("B17",), _measured(peaked.cases)),
     Group(("B18",), compile_cost.lines),
     Group(("B19",), _measured(trainer.cases)),
+    Group(("B20",), _measured(newton.cases)),
 )

@@ -1,12 +1,14 @@
 """The pictures of docs/speed.md, drawn from the records of one CSV file."""
 
 from pathlib import Path
+from textwrap import fill
 
 from benchmarks.speed.table import Record
 from fdiv.evaluate.canvas import FAINT, as_svg, drawing, legend_below
 from fdiv.evaluate.palette import DASHES, HUES, MARKERS
 
 WIDTH = 7.0  # inches
+WORDS = 36  # letters in a line beside an axis
 OURS = "fdiv FusedLinear"
 PEERS = ("TRL ChunkedDivergence", "TRL GKD loss", "Liger JSD", "Liger JSD compiled")
 SOLVERS = ("entmax bisection, 50 steps", "entmax15, k=100", "POT solve_batch", "geomloss")
@@ -61,7 +63,7 @@ def _ratios(records: list[Record], peers: tuple[str, ...], name: str, log: bool 
             )
             handles.append(bars)
         axes.axvline(1, color=FAINT, linewidth=1)
-        axes.set_yticks(range(len(settings)), settings)
+        axes.set_yticks(range(len(settings)), [fill(setting, WORDS) for setting in settings])
         axes.invert_yaxis()
         if log:
             axes.set_xscale("log")

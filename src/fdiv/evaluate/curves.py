@@ -31,8 +31,9 @@ def evaluated(chapter, styles, name):
 
 
 def logged_names(chapter):
-    """Numeric keys of metrics.jsonl worth a curve, loss first."""
-    rows = (row for run in chapter.runs for row in run.metrics[:1])
+    """Numeric keys of the members' metrics.jsonl worth a curve, loss first."""
+    runs = (run for label in chapter.members for run in chapter.of(label))
+    rows = (row for run in runs for row in run.metrics[:4])  # some numbers are not those of every step
     names = dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, int | float))
     return sorted((n for n in names if n.lower() not in NOT_CURVES), key=lambda n: n != "loss")
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from fdiv.diffusion.mixture import Mixture
-from fdiv.methods.generate._critic import Compared, Known
+from fdiv.methods.generate._critic import Known
+from fdiv.methods.generate._student import Compared
 from fdiv.methods.generate.levels import Drawn
 from fdiv.networks.affine import Affine, ClosedForm
 from fdiv.networks.denoiser import Denoiser

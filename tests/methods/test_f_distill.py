@@ -23,8 +23,9 @@ import fdiv
 from fdiv import JS, KL, TV, Alpha, FDivergence, Generator, Jeffreys, ReverseKL, SquaredHellinger
 from fdiv.diffusion.edm import Preconditioning, denoised, heun, karras
 from fdiv.methods._method import Adaptive, Method
-from fdiv.methods.generate._critic import Compared, Critic, Known
+from fdiv.methods.generate._critic import Critic, Known
 from fdiv.methods.generate._ratio import density_ratio, needs_ratio
+from fdiv.methods.generate._student import Compared, Turn
 from fdiv.methods.generate.f_distill import FDistill
 from fdiv.methods.generate.levels import Drawn, Karras, LogNormal, drawn
 from fdiv.networks.denoiser import DenoiserNetwork
@@ -35,7 +36,7 @@ EXACT = FDistill(
 
 
 def rows(method: FDistill, q, p, made, seen: Compared):
-    return method._rows(made, seen, None, q, p, None, {})[0]
+    return method.learns(Turn(made, made, None, q, p, None, {}), seen)[0]
 
 
 # -- the theorem ------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def test_reverse_kl_over_the_distance_is_dmd():
     q, p, made, seen = noised_samples()
     away = (made - seen.teacher).abs().mean(1, keepdim=True).detach()
     goal = (made - (seen.student - seen.teacher) / away).detach()
-    for method in (FDistill.dmd(0.25), replace(FDistill.dmd2(), gan=0.0)):
+    for method in (replace(FDistill.dmd(1.0), regression=0.0), replace(FDistill.dmd2(), gan=0.0)):
         found = rows(method, q, p, made, seen)
         expected = (made - goal).square().mean(1) / 2
         close(found, expected, 1e-12)
@@ -180,7 +181,8 @@ def test_dmd_regresses_to_where_the_teacher_takes_the_same_noise():
     made = q(noise, 2.5)
     sigmas = karras(3)
     there = heun(p, 80 * noise, sigmas)
-    close(method._regression(made, noise, p, None), 0.25 * (made - there).square().mean(1), 1e-12)
+    turn = Turn(made, noise, None, q, p, None, {})
+    close(method._regression(turn), 0.25 * (made - there).square().mean(1), 1e-12)
 
 
 # -- a Gaussian that is to be a mixture ---------------------------------------------------------------------
@@ -361,8 +363,9 @@ def test_the_gan_term_is_softplus_of_minus_the_logit_of_noised_samples():
     made = torch.randn(5, 2, dtype=F64, requires_grad=True)
     level = drawn(LogNormal(), made)
     seen = Compared(made + level.sigma.unsqueeze(1), level, made.detach() + 1, made.detach() - 1)
-    got, metrics = method._rows(made, seen, None, q, p, module, {})
-    without, _ = replace(method, gan=0.0)._rows(made, seen, None, q, p, module, {})
+    turn = Turn(made, made, None, q, p, module, {})
+    got, metrics = method.learns(turn, seen)
+    without, _ = replace(method, gan=0.0).learns(turn, seen)
     logit = module.discriminator(p, seen.x, level.sigma, None)
     close(got - without, 0.3 * softplus(-logit))
     close(gradient((got - without).sum(), made), gradient(0.3 * softplus(-logit).sum(), made))

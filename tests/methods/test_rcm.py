@@ -12,7 +12,8 @@ from tests.worlds import close, gradient
 from fdiv import ReverseKL
 from fdiv.diffusion.edm import spread_to
 from fdiv.methods._method import Method
-from fdiv.methods.generate._critic import Compared, Critic
+from fdiv.methods.generate._critic import Critic
+from fdiv.methods.generate._student import Compared, Turn
 from fdiv.methods.generate.f_distill import FDistill
 from fdiv.methods.generate.levels import Karras, LogLogistic, LogNormal, drawn
 from fdiv.methods.generate.rcm import RCM, raw, tangent_of
@@ -129,7 +130,7 @@ def test_its_dmd_term_is_twice_that_of_f_distill_summed_over_coordinates():
     level = drawn(LogNormal(), made)
     x = (made + level.sigma.unsqueeze(1) * torch.randn_like(made)).detach()
     seen = Compared(x, level, Critic().denoiser(module, q)(x, level.sigma), p(x, level.sigma))
-    other = FDistill(ReverseKL(), gan=0.0)._rows(made, seen, None, q, p, module, {})[0]
+    other = FDistill(ReverseKL(), gan=0.0).learns(Turn(made, made, None, q, p, module, {}), seen)[0]
     close(found, 4 * other)
     close(gradient(found.sum(), made), gradient(4 * other.sum(), made))
 

@@ -22,8 +22,9 @@ from fdiv import JS, KL, TV, Jeffreys, Neyman, ReverseKL, SquaredHellinger
 from fdiv._math import derivative
 from fdiv.diffusion.edm import spread_to
 from fdiv.methods._method import Method
-from fdiv.methods.generate._critic import Compared, Critic, Known
+from fdiv.methods.generate._critic import Critic, Known
 from fdiv.methods.generate._one_step import weights
+from fdiv.methods.generate._student import Compared, Turn
 from fdiv.methods.generate.levels import Drawn, Karras, LogNormal, drawn, stretch
 from fdiv.methods.generate.sid import identity
 from fdiv.methods.generate.sim import distance_slope
@@ -42,7 +43,7 @@ def fisher(divergence, p, q, sigma):
 
 
 def rows(method: UniInstruct, q, p, made, seen: Compared):
-    return method._rows(made, seen, Known().log_ratio(None, q, p), None, {})[0]
+    return method.learns(Turn(made, made, None, q, p, None, {}), seen)[0]
 
 
 # -- the theorem ------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ that tells noised data (1) from noised samples (0) is log p/q at its optimum, p 
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,8 @@ from torch.func import functional_call
 from torch.nn.functional import softplus
 
 from fdiv.diffusion.edm import Denoiser, Preconditioning, denoised, spread_to
-from fdiv.methods._method import Out, mean_over_tokens
-from fdiv.methods.generate._one_step import condition_of, generated, mean_coordinate, moves, noised
-from fdiv.methods.generate.levels import Drawn, Levels, drawn, require_levels
+from fdiv.methods.generate._one_step import mean_coordinate, noised
+from fdiv.methods.generate.levels import Levels, drawn, require_levels
 
 LogRatio = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x [B, ...], sigma [B], condition -> [B]
 Rows = tuple[Tensor, dict[str, Tensor]]
@@ -144,49 +143,6 @@ def frozen(module: nn.Module) -> Callable[..., Tensor]:
     """module as a function of its arguments: gradients reach them, and none of its weights."""
     weights = {name: weight.detach() for name, weight in module.named_parameters()}
     return lambda *arguments: functional_call(module, weights, arguments)
-
-
-class Compared(NamedTuple):
-    """Samples with noise, x [B, ...], their levels, and what student and teacher denoise x to."""
-
-    x: Tensor
-    level: Drawn
-    student: Tensor
-    teacher: Tensor
-
-
-def compared(
-    method: Any, made: Tensor, condition: Any, network: Any, p_network: Any, module: Any, through: bool
-) -> Compared:
-    """At the method's levels. through: gradients pass the two denoisers, into x."""
-    level, fake = drawn(method.levels, made), method.critic.denoiser(module, network)
-    x = noised(made, level)
-    with torch.set_grad_enabled(through and torch.is_grad_enabled()):
-        student, teacher = (denoised(d, x, level.sigma, condition) for d in (fake, p_network))
-    return Compared(x, level, student, teacher)
-
-
-def alternated(
-    method: Any,
-    own: Callable[[Tensor, Tensor, Any], Rows],
-    inputs: Tensor,
-    labels: Tensor,
-    network: Any,
-    p_network: Any,
-    module: Any,
-    step: int,
-    count: Tensor | float | None,
-) -> Out:
-    """The critics learn from the student's samples; it, in its turn, by own(samples, noise, condition)."""
-    condition = condition_of(labels, network, p_network)
-    learns, noise = moves(step, method.every, method.head_start), torch.randn_like(inputs)
-    with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-        made = generated(network, noise, method.sigma_init, condition)
-    rows, metrics = method.critic.rows(module, p_network, inputs, made, condition, method.levels)
-    if learns:
-        added, more = own(made, noise, condition)
-        rows, metrics = rows + added, metrics | more
-    return Out(mean_over_tokens(rows, count=count), metrics)
 
 
 def require_critic(critic: object, who: str) -> None:

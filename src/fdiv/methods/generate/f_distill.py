@@ -20,40 +20,23 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch import Tensor
 
 from fdiv._divergence import FDivergence
 from fdiv.diffusion.edm import heun, karras, spread_to
 from fdiv.divergences.js import JS
 from fdiv.divergences.kl import ReverseKL
-from fdiv.methods._method import Consumes, Out
-from fdiv.methods.generate._critic import (
-    Compared,
-    Critic,
-    Known,
-    LogRatio,
-    Rows,
-    alternated,
-    compared,
-    require_critic,
-)
-from fdiv.methods.generate._one_step import (
-    generated,
-    mean_coordinate,
-    require_plan,
-    require_size,
-    require_weight,
-    weights,
-)
-from fdiv.methods.generate._ratio import density_ratio, needs_ratio, require_curvature, require_ratio
-from fdiv.methods.generate.levels import Drawn, Karras, Levels, LogNormal, require_levels
+from fdiv.methods.generate._critic import Critic, Known, LogRatio, Rows
+from fdiv.methods.generate._one_step import mean_coordinate, require_size, weights
+from fdiv.methods.generate._ratio import density_ratio, needs_ratio
+from fdiv.methods.generate._student import Compared, Turn, Weighed
+from fdiv.methods.generate.levels import Drawn, Karras, Levels, LogNormal
 
 WEIGHTS = ("distance", "denoiser", "score")
 
 
 @dataclass(frozen=True)
-class FDistill:
+class FDistill(Weighed):
     """The student network(sigma_init z, sigma_init) moves along h(r) w(sigma) (s_p - s_q).
 
     every: its critics learn at each step, the student at the last of so many; head_start: steps they have
@@ -64,11 +47,7 @@ class FDistill:
     means nothing: its gradient does, a mean over coordinates.
     """
 
-    consumes: ClassVar[Consumes] = "examples"
-    reads: ClassVar[tuple[str, ...]] = (
-        "inputs", "labels", "network", "p_network", "module", "step", "state",
-    )  # fmt: skip
-    alternating: ClassVar[bool] = True
+    through: ClassVar[bool] = False
 
     divergence: FDivergence = field(default_factory=lambda: JS(0.5))
     every: int = 5
@@ -86,16 +65,9 @@ class FDistill:
     critic: Critic | Known = Critic()
 
     def __post_init__(self):
-        require_curvature(self.divergence, "FDistill")
-        require_plan(self, self.every, self.head_start, self.sigma_init)
-        require_size("FDistill", least=0.0, gan=self.gan, regression=self.regression)
-        require_levels(self.levels, "FDistill(levels)")
-        require_weight("FDistill", self.weight, WEIGHTS)
-        require_ratio("FDistill", self.ratio, self.bins, self.bin_rate)
-        require_critic(self.critic, "FDistill")
+        self._require(WEIGHTS)
+        require_size("FDistill", least=0.0, regression=self.regression)
         karras(self.regression_steps)  # checks it
-        if self.gan and isinstance(self.critic, Known):
-            raise ValueError(f"Known() has no discriminator: write gan=0.0, got {self.gan!r}")
 
     @classmethod
     def diff_instruct(cls, critic: Critic | Known | None = None) -> "FDistill":
@@ -120,71 +92,15 @@ class FDistill:
         """Ratios and their weights are normalised over a batch; reverse KL has neither."""
         return "batch" if needs_ratio(self.divergence) and (self.bins or self.normalise) else None
 
-    def beside(self, network: Any, p_network: Any) -> nn.Module:
-        return self.critic.beside(network, p_network, self._discriminates)
-
-    def initial_state(self) -> dict[str, float]:
-        """The mean ratio of each bin, if it is remembered."""
-        return {f"bin_{k}": 1.0 for k in range(self.bins)} if self.bin_rate else {}
-
-    def advance(
-        self, state: dict[str, float], metrics: dict[str, float], progress: float
-    ) -> dict[str, float]:
-        return {name: metrics.get(name, last) for name, last in state.items()}
-
-    def sample(self, network: Any, noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        return generated(network, noise, self.sigma_init, condition)
-
-    def __call__(
-        self,
-        *,
-        inputs: Tensor,
-        labels: Tensor,
-        network: Any,
-        p_network: Any,
-        module: Any,
-        step: int,
-        state: dict[str, float] | None = None,
-        count: Tensor | float | None = None,
-    ) -> Out:
-        """inputs [B, ...] are data, labels [B, ...] the condition of networks that read one.
-
-        Noise and levels come from torch's global generator. count: the examples of the global batch.
-        """
-
-        def own(made: Tensor, noise: Tensor, condition: Any) -> Rows:
-            seen = compared(self, made, condition, network, p_network, module, through=False)
-            rows, metrics = self._rows(made, seen, condition, network, p_network, module, state or {})
-            if self.regression:
-                rows = rows + self._regression(made, noise, p_network, condition)
-            return rows, metrics
-
-        return alternated(self, own, inputs, labels, network, p_network, module, step, count)
-
-    def _rows(
-        self,
-        made: Tensor,
-        seen: Compared,
-        condition: Any,
-        network: Any,
-        p_network: Any,
-        module: Any,
-        state: dict[str, float],
-    ) -> Rows:
-        x, level = seen.x, seen.level
-        log_ratio = self.critic.log_ratio(module, network, p_network) if self._discriminates else None
+    def learns(self, turn: Turn, seen: Compared) -> Rows:
+        made, (x, level, student, teacher), logit = turn.made, seen, self._log_ratio(turn)
         with torch.no_grad():
-            steer, metrics = self._steer(log_ratio, x, level, condition, state)
-            scale = weights(self.weight, made, seen.teacher, level, self.levels, power=1)
-        rows = follow(made, scale * spread_to(steer, x) * (seen.student - seen.teacher))
-        if self.gan and log_ratio is not None:
-            fooled = softplus(-log_ratio(x, level.sigma, condition))
-            rows, metrics["gan_loss"] = rows + self.gan * fooled, fooled.detach().mean()
-        return rows, metrics
-
-    @property
-    def _discriminates(self) -> bool:
-        return bool(self.gan) or needs_ratio(self.divergence)
+            steer, metrics = self._steer(logit, x, level, turn.condition, turn.state)
+            scale = weights(self.weight, made, teacher, level, self.levels, power=1)
+        rows = follow(made, scale * spread_to(steer, x) * (student - teacher))
+        if self.regression:
+            rows = rows + self._regression(turn)
+        return self._with_gan(rows, metrics, logit, seen, turn.condition)
 
     def _steer(
         self, log_ratio: LogRatio | None, x: Tensor, level: Drawn, condition: Any, state: dict[str, float]
@@ -200,12 +116,12 @@ class FDistill:
         metrics["weight_variance"] = relative.var(correction=0)
         return relative if self.normalise else curvature, metrics
 
-    def _regression(self, made: Tensor, noise: Tensor, p_network: Any, condition: Any) -> Tensor:
+    def _regression(self, turn: Turn) -> Tensor:
         """[B], between where the student and the teacher's solver take the same noise."""
         sigmas = karras(self.regression_steps)
         with torch.no_grad():
-            there = heun(p_network, sigmas[0].item() * noise, sigmas, condition)
-        return self.regression * mean_coordinate((made - there).square())
+            there = heun(turn.p_network, sigmas[0].item() * turn.noise, sigmas, turn.condition)
+        return self.regression * mean_coordinate((turn.made - there).square())
 
 
 def follow(made: Tensor, slope: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fdiv._divergence import FDivergence
 from fdiv.diffusion.edm import Denoiser, Preconditioning, denoised, spread_to
 from fdiv.divergences.kl import ReverseKL
-from fdiv.methods._method import Consumes, Out, mean_over_tokens
+from fdiv.methods._method import Out, mean_over_tokens
 from fdiv.methods.generate._critic import Critic, Known, require_critic
 from fdiv.methods.generate._one_step import (
     condition_of,
@@ -36,6 +36,7 @@ from fdiv.methods.generate._one_step import (
     require_size,
     weights,
 )
+from fdiv.methods.generate._student import OneStep
 from fdiv.methods.generate.f_distill import follow
 from fdiv.methods.generate.levels import Levels, LogLogistic, LogNormal, drawn, require_levels
 
@@ -43,7 +44,7 @@ SOFTENING = 0.1  # of the tangent's norm
 
 
 @dataclass(frozen=True)
-class RCM:
+class RCM(OneStep):
     """The student moves at every step of the warm-up, by consistency alone, then at the last of `every`.
 
     levels: of the consistency loss, whose x0 are data; dmd_levels: of the DMD term, and of the steps before
@@ -51,9 +52,6 @@ class RCM:
     goes on from after its first step, falling, in (0, pi/2); () for one step.
     """
 
-    consumes: ClassVar[Consumes] = "examples"
-    reads: ClassVar[tuple[str, ...]] = ("inputs", "labels", "network", "p_network", "module", "step")
-    alternating: ClassVar[bool] = True
     divergence: ClassVar[FDivergence] = ReverseKL()
 
     consistency: float = 100.0
@@ -80,7 +78,7 @@ class RCM:
         require_critic(self.critic, "RCM")
 
     def beside(self, network: Any, p_network: Any) -> nn.Module:
-        return self.critic.beside(network, p_network, discriminates=False) if self.dmd else nn.Module()
+        return super().beside(network, p_network) if self.dmd else nn.Module()
 
     def sample(self, network: Any, noise: Tensor, condition: Tensor | None = None) -> Tensor:
         """The noise between steps follows from `noise`, by a generator that is seeded with its sum."""

@@ -11,31 +11,28 @@ paper's 1.2 is larger than either.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fdiv._divergence import FDivergence
 from fdiv.divergences.kl import ReverseKL
-from fdiv.methods._method import Consumes, Out
-from fdiv.methods.generate._critic import Critic, Known, Rows, alternated, compared, require_critic
-from fdiv.methods.generate._one_step import generated, mean_coordinate, require_plan, require_weight, weights
-from fdiv.methods.generate.levels import Karras, Levels, LogNormal, require_levels
+from fdiv.methods.generate._critic import Critic, Known, Rows
+from fdiv.methods.generate._one_step import mean_coordinate, weights
+from fdiv.methods.generate._student import Compared, OneStep, Turn
+from fdiv.methods.generate.levels import Karras, Levels, LogNormal
 
 WEIGHTS = ("distance", "denoiser", "score", "expansion")
 
 
 @dataclass(frozen=True)
-class SiD:
+class SiD(OneStep):
     """The student network(sigma_init z, sigma_init) learns by L; fields as in `FDistill`, no ratio.
 
     Its divergence is the reverse KL of the samples, of which E_q|s_q - s_p|^2 over all levels is the
     expansion, see `UniInstruct`.
     """
 
-    consumes: ClassVar[Consumes] = "examples"
-    reads: ClassVar[tuple[str, ...]] = ("inputs", "labels", "network", "p_network", "module", "step")
-    alternating: ClassVar[bool] = True
     divergence: ClassVar[FDivergence] = ReverseKL()
 
     alpha: float = 1.2
@@ -49,39 +46,13 @@ class SiD:
     def __post_init__(self):
         if not 0 <= self.alpha < 10:
             raise ValueError(f"SiD(alpha) is in [0, 10), 1.2 in the paper, got {self.alpha!r}")
-        require_plan(self, self.every, self.head_start, self.sigma_init)
-        require_levels(self.levels, "SiD(levels)")
-        require_weight("SiD", self.weight, WEIGHTS)
-        require_critic(self.critic, "SiD")
+        self._require(WEIGHTS)
 
-    def beside(self, network: Any, p_network: Any) -> nn.Module:
-        return self.critic.beside(network, p_network, discriminates=False)
-
-    def sample(self, network: Any, noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        return generated(network, noise, self.sigma_init, condition)
-
-    def __call__(
-        self,
-        *,
-        inputs: Tensor,
-        labels: Tensor,
-        network: Any,
-        p_network: Any,
-        module: Any,
-        step: int,
-        count: Tensor | float | None = None,
-    ) -> Out:
-        """Of inputs [B, ...] the shape alone is read; labels [B, ...] are the condition, if there is one."""
-
-        def own(made: Tensor, noise: Tensor, condition: Any) -> Rows:
-            _, level, student, teacher = compared(
-                self, made, condition, network, p_network, module, through=True
-            )
-            scale = weights(self.weight, made, teacher, level, self.levels, power=2)
-            rows = mean_coordinate(scale * identity(self.alpha, made, student, teacher))
-            return rows, {"score_gap": (scale * (student - teacher).square()).detach().mean()}
-
-        return alternated(self, own, inputs, labels, network, p_network, module, step, count)
+    def learns(self, turn: Turn, seen: Compared) -> Rows:
+        made, (_, level, student, teacher) = turn.made, seen
+        scale = weights(self.weight, made, teacher, level, self.levels, power=2)
+        rows = mean_coordinate(scale * identity(self.alpha, made, student, teacher))
+        return rows, {"score_gap": (scale * (student - teacher).square()).detach().mean()}
 
 
 def identity(alpha: float, made: Tensor, student: Tensor, teacher: Tensor) -> Tensor:

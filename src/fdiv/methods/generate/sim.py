@@ -10,35 +10,25 @@ alpha = 1. The paper's c is `huber`: d(y) = sqrt(|y|^2 + c^2) - c, whose slope i
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fdiv._divergence import FDivergence
 from fdiv.diffusion.edm import spread_to
 from fdiv.divergences.kl import ReverseKL
-from fdiv.methods._method import Consumes, Out
-from fdiv.methods.generate._critic import Critic, Known, Rows, alternated, compared, require_critic
-from fdiv.methods.generate._one_step import (
-    generated,
-    mean_coordinate,
-    require_plan,
-    require_size,
-    require_weight,
-    weights,
-)
-from fdiv.methods.generate.levels import Karras, Levels, LogNormal, require_levels
+from fdiv.methods.generate._critic import Critic, Known, Rows
+from fdiv.methods.generate._one_step import mean_coordinate, require_size, weights
+from fdiv.methods.generate._student import Compared, OneStep, Turn
+from fdiv.methods.generate.levels import Karras, Levels, LogNormal
 
 WEIGHTS = ("distance", "denoiser", "score", "expansion")
 
 
 @dataclass(frozen=True)
-class SIM:
+class SIM(OneStep):
     """As `SiD`, with a distance in place of alpha: huber, a difference of denoisers, or None for squares."""
 
-    consumes: ClassVar[Consumes] = "examples"
-    reads: ClassVar[tuple[str, ...]] = ("inputs", "labels", "network", "p_network", "module", "step")
-    alternating: ClassVar[bool] = True
     divergence: ClassVar[FDivergence] = ReverseKL()
 
     huber: float | None = None
@@ -52,39 +42,13 @@ class SIM:
     def __post_init__(self):
         if self.huber is not None:
             require_size("SIM", huber=self.huber)
-        require_plan(self, self.every, self.head_start, self.sigma_init)
-        require_levels(self.levels, "SIM(levels)")
-        require_weight("SIM", self.weight, WEIGHTS)
-        require_critic(self.critic, "SIM")
+        self._require(WEIGHTS)
 
-    def beside(self, network: Any, p_network: Any) -> nn.Module:
-        return self.critic.beside(network, p_network, discriminates=False)
-
-    def sample(self, network: Any, noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        return generated(network, noise, self.sigma_init, condition)
-
-    def __call__(
-        self,
-        *,
-        inputs: Tensor,
-        labels: Tensor,
-        network: Any,
-        p_network: Any,
-        module: Any,
-        step: int,
-        count: Tensor | float | None = None,
-    ) -> Out:
-        """Of inputs [B, ...] the shape alone is read; labels [B, ...] are the condition, if there is one."""
-
-        def own(made: Tensor, noise: Tensor, condition: Any) -> Rows:
-            _, level, student, teacher = compared(
-                self, made, condition, network, p_network, module, through=True
-            )
-            scale = weights(self.weight, made, teacher, level, self.levels, power=2)
-            rows = mean_coordinate(-scale * distance_slope(student - teacher, self.huber) * (student - made))
-            return rows, {"score_gap": (scale * (student - teacher).square()).detach().mean()}
-
-        return alternated(self, own, inputs, labels, network, p_network, module, step, count)
+    def learns(self, turn: Turn, seen: Compared) -> Rows:
+        made, (_, level, student, teacher) = turn.made, seen
+        scale = weights(self.weight, made, teacher, level, self.levels, power=2)
+        rows = mean_coordinate(-scale * distance_slope(student - teacher, self.huber) * (student - made))
+        return rows, {"score_gap": (scale * (student - teacher).square()).detach().mean()}
 
 
 def distance_slope(apart: Tensor, huber: float | None) -> Tensor:

@@ -12,55 +12,32 @@ with alpha 1/2. The paper's weight of the GAN loss is `gan`.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch import Tensor
 
 from fdiv._divergence import FDivergence
 from fdiv._math import derivative
 from fdiv.diffusion.edm import spread_to
 from fdiv.divergences.kl import KL
-from fdiv.methods._method import Consumes, Out
-from fdiv.methods.generate._critic import (
-    Compared,
-    Critic,
-    Known,
-    LogRatio,
-    Rows,
-    alternated,
-    compared,
-    require_critic,
-)
-from fdiv.methods.generate._one_step import (
-    generated,
-    mean_coordinate,
-    require_plan,
-    require_size,
-    require_weight,
-    weights,
-)
-from fdiv.methods.generate._ratio import density_ratio, needs_ratio, require_curvature, require_ratio
-from fdiv.methods.generate.levels import Karras, Levels, LogNormal, require_levels
+from fdiv.methods.generate._critic import Critic, Known, Rows
+from fdiv.methods.generate._one_step import mean_coordinate, weights
+from fdiv.methods.generate._ratio import density_ratio, needs_ratio
+from fdiv.methods.generate._student import Compared, Turn, Weighed
+from fdiv.methods.generate.levels import Karras, Levels, LogNormal
 
 WEIGHTS = ("distance", "denoiser", "score", "expansion")
 
 
 @dataclass(frozen=True)
-class UniInstruct:
+class UniInstruct(Weighed):
     """The student's own f-divergence from the teacher, through the expansion over levels of noise.
 
     weight: of a product of two differences of denoisers: over mean|x0 - D_p| ("distance", the authors'), as
     it is ("denoiser"), over sigma^4 ("score"), or that and sigma over the density of the levels
     ("expansion": exactly the divergence, of high variance). Other fields as in `FDistill`.
     """
-
-    consumes: ClassVar[Consumes] = "examples"
-    reads: ClassVar[tuple[str, ...]] = (
-        "inputs", "labels", "network", "p_network", "module", "step", "state",
-    )  # fmt: skip
-    alternating: ClassVar[bool] = True
 
     divergence: FDivergence = field(default_factory=KL)
     every: int = 1
@@ -75,78 +52,27 @@ class UniInstruct:
     critic: Critic | Known = Critic(levels=LogNormal())
 
     def __post_init__(self):
-        require_curvature(self.divergence, "UniInstruct")
-        require_plan(self, self.every, self.head_start, self.sigma_init)
-        require_size("UniInstruct", least=0.0, gan=self.gan)
-        require_levels(self.levels, "UniInstruct(levels)")
-        require_weight("UniInstruct", self.weight, WEIGHTS)
-        require_ratio("UniInstruct", self.ratio, self.bins, self.bin_rate)
-        require_critic(self.critic, "UniInstruct")
-        if self.gan and isinstance(self.critic, Known):
-            raise ValueError(f"Known() has no discriminator: write gan=0.0, got {self.gan!r}")
+        self._require(WEIGHTS)
 
     @property
     def unit(self) -> str | None:
         """Ratios are normalised over a batch; reverse KL has none."""
         return "batch" if needs_ratio(self.divergence) and self.bins else None
 
-    def beside(self, network: Any, p_network: Any) -> nn.Module:
-        return self.critic.beside(network, p_network, self._discriminates)
-
-    @property
-    def _discriminates(self) -> bool:
-        return bool(self.gan) or needs_ratio(self.divergence)
-
-    def initial_state(self) -> dict[str, float]:
-        """The mean ratio of each bin, if it is remembered."""
-        return {f"bin_{k}": 1.0 for k in range(self.bins)} if self.bin_rate else {}
-
-    def advance(
-        self, state: dict[str, float], metrics: dict[str, float], progress: float
-    ) -> dict[str, float]:
-        return {name: metrics.get(name, last) for name, last in state.items()}
-
-    def sample(self, network: Any, noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        return generated(network, noise, self.sigma_init, condition)
-
-    def __call__(
-        self,
-        *,
-        inputs: Tensor,
-        labels: Tensor,
-        network: Any,
-        p_network: Any,
-        module: Any,
-        step: int,
-        state: dict[str, float] | None = None,
-        count: Tensor | float | None = None,
-    ) -> Out:
-        """inputs [B, ...] are data, labels [B, ...] the condition of networks that read one."""
-
-        def own(made: Tensor, noise: Tensor, condition: Any) -> Rows:
-            seen = compared(self, made, condition, network, p_network, module, through=True)
-            ratio = self.critic.log_ratio(module, network, p_network) if self._discriminates else None
-            return self._rows(made, seen, ratio, condition, state or {})
-
-        return alternated(self, own, inputs, labels, network, p_network, module, step, count)
-
-    def _rows(
-        self, made: Tensor, seen: Compared, ratio: LogRatio | None, condition: Any, state: dict[str, float]
-    ) -> Rows:
-        x, level, student, teacher = seen
-        log_ratio, metrics = torch.zeros_like(level.sigma), {}
-        if ratio is not None and needs_ratio(self.divergence):
+    def learns(self, turn: Turn, seen: Compared) -> Rows:
+        made, (x, level, student, teacher) = turn.made, seen
+        logit, metrics = self._log_ratio(turn), {}
+        log_ratio = torch.zeros_like(level.sigma)
+        if logit is not None and needs_ratio(self.divergence):
             with torch.no_grad():
-                found = ratio(x, level.sigma, condition)
+                found = logit(x, level.sigma, turn.condition)
             found = with_slope(found, x, (teacher - student) / spread_to(level.sigma, x) ** 2)
             options = self.ratio, self.bins, self.bin_rate
-            log_ratio, metrics = density_ratio(found, level.rank, *options, state)
+            log_ratio, metrics = density_ratio(found, level.rank, *options, turn.state)
             metrics["weight_variance"] = relative_variance(self.divergence, log_ratio.detach())
         scale = weights(self.weight, made, teacher, level, self.levels, power=2)
         rows = mean_coordinate(scale * expanded(self.divergence, log_ratio, made, student, teacher))
-        if self.gan and ratio is not None:
-            fooled = softplus(-ratio(x, level.sigma, condition))
-            rows, metrics["gan_loss"] = rows + self.gan * fooled, fooled.detach().mean()
+        rows, metrics = self._with_gan(rows, metrics, logit, seen, turn.condition)
         return rows, {name: number.detach() for name, number in metrics.items()}
 
 

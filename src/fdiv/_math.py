@@ -16,6 +16,12 @@ from torch import Tensor
 NEAR = 0.5
 
 
+def effective_count(log_weight: Tensor) -> Tensor:
+    """(sum w)^2 / sum w^2, 0 without any weight, [n] -> []; in logs, for the scale of w is arbitrary."""
+    total, squares = log_weight.logsumexp(0), (2 * log_weight).logsumexp(0)
+    return torch.where(total == -math.inf, 0.0, (2 * total - squares).exp())
+
+
 def exp_difference(a: Tensor, b: Tensor, gap: Tensor | None = None) -> Tensor:
     """exp(a) - exp(b), without cancellation. `gap` is a - b, if it is known better than by subtracting."""
     gap = a - b if gap is None else gap

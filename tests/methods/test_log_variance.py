@@ -9,7 +9,7 @@ from torch import nn
 
 from fdiv.divergences.kl import ReverseKL
 from fdiv.methods._method import READABLE_IN_PATHS, Method
-from fdiv.methods.paths.log_variance import LogPartition, LogVariance
+from fdiv.methods.paths.log_variance import LogPartition, LogVariance, tempered
 from fdiv.networks.bias import BiasForce, Unbiased
 
 STEPS = 8
@@ -50,6 +50,32 @@ def brownian(count=64, drift=0.3, horizon=2.0, steps=STEPS, variance=1.0, seed=0
 
 def out_of(method, network, paths, log_reward, **more):
     return method(network=network, log_reward=log_reward, **paths, **more)
+
+
+@pytest.mark.parametrize("effective", [0.02, 0.1, 0.5, 0.9])
+def test_weights_are_tempered_until_enough_paths_count(effective):
+    log_weight = 5 * torch.randn(400, generator=torch.Generator().manual_seed(0)).double()
+    found = tempered(log_weight, effective)
+    assert (1 / found.square().sum() / 400).item() == pytest.approx(effective, rel=1e-6)
+    slope = found.log().diff() / log_weight.diff()  # one power of all weights
+    close(slope, slope[:1].expand(399), 1e-6)
+    assert 0 < slope[0] < 1
+    close(tempered(log_weight - 1e4, effective), found, 1e-6)
+
+
+def test_weights_of_which_enough_count_are_left_alone():
+    log_weight = torch.randn(50, generator=torch.Generator().manual_seed(0)).double()
+    close(tempered(log_weight, 0.1), log_weight.softmax(0))
+    close(tempered(torch.zeros(5).double(), 1.0), torch.full((5,), 0.2, dtype=torch.float64))
+
+
+def test_paths_are_underrated_by_the_law_that_is_wanted_over_the_samplers():
+    paths, reward = brownian(count=40), torch.zeros(40).double()
+    method, law = LogVariance(effective=1e-9), Drift(0.4)
+    gap = method.log_ratio(network=law, log_reward=reward, **paths)
+    found = method.underrated(network=law, log_reward=reward, **paths)
+    close(found, (-gap).softmax(0))
+    assert not found.requires_grad
 
 
 def test_it_is_a_method_and_reads_what_the_table_names():

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tests.worlds import close
 from torch import nn
 
+from fdiv.feeds.paths import PathsFeed
 from fdiv.methods.paths.log_variance import LogVariance
 from fdiv.networks.bias import Unbiased
 from fdiv.recipe import load, members
@@ -47,7 +48,7 @@ TINY = {
     "task": "Paths(samples=16, brute=2000, steps=20)",
     "reference": {"label": "unbiased", "model": {"network": "Unbiased()"}},
     "student": {"network": "BiasForce(width=8)"},
-    "method": "LogVariance(paths=6, capacity=10)",
+    "method": "LogVariance(paths=6, capacity=10, importance=0.5)",
     "baselines": [
         {"label": "batch", "method": 'LogVariance(control="batch", paths=6)'},
         {"label": "none", "method": "LogVariance(control=None, paths=6)"},
@@ -213,7 +214,7 @@ def test_a_killed_run_goes_on_bit_for_bit_with_its_paths(tmp_path):
     with pytest.raises(Killed):
         train_member(Run(whole.recipe, 0, tmp_path / "cut", kill), member)
     kept = torch.load(tmp_path / "cut" / "seed-0" / member.slug / "checkpoint" / "state.pt")["memory"]
-    assert len(kept["positions"]) == 10 and "log_partition" in kept
+    assert len(kept["positions"]) == len(kept["weight"]) == 10 and "log_partition" in kept
     cut = Run(whole.recipe, 0, tmp_path / "cut")
     train_member(cut, member)
     one, two = (run.member_folder(member) for run in (whole, cut))
@@ -223,6 +224,21 @@ def test_a_killed_run_goes_on_bit_for_bit_with_its_paths(tmp_path):
     assert (one / "evaluation.json").read_text().split('"seconds"')[0] == (
         two / "evaluation.json"
     ).read_text().split('"seconds"')[0]
+
+
+def test_part_of_a_batch_is_drawn_by_weight(tmp_path):
+    """Two kept paths, one of which has all of the weight."""
+    spec, shares = run_of(tmp_path).recipe.train.model_copy(update={"batch_size": 4000}), {}
+    for importance in (0.0, 0.5, 1.0):
+        feed = PathsFeed.__new__(PathsFeed)
+        feed.method, feed.spec = LogVariance(importance=importance), spec
+        feed.memory = {"length": torch.zeros(2), "weight": torch.tensor([0.0, 1.0])}
+        drawn = feed._index(torch.Generator().manual_seed(0))
+        assert len(drawn) == 4000
+        shares[importance] = drawn.double().mean().item()
+    assert shares[0.0] == pytest.approx(0.5, abs=0.04)
+    assert shares[0.5] == pytest.approx(0.75, abs=0.04)
+    assert shares[1.0] == 1
 
 
 def test_every_control_trains_and_is_evaluated(tmp_path):

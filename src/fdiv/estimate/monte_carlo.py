@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fdiv._divergence import FDivergence, require_f_divergence
-from fdiv._math import ratio_cap
+from fdiv._math import effective_count, ratio_cap
 from fdiv.estimate import _far
 from fdiv.estimate._estimator import Guarantee, Sees
 from fdiv.estimate.potential import potential, with_slope
@@ -132,7 +132,7 @@ class MonteCarlo:
         kept = torch.ones_like(far) if mask is None else check_mask(mask, far.shape)
         count = kept.sum().clamp(min=1)
         return {
-            "ess": _effective(torch.where(kept, weight, -math.inf).flatten()) / count,
+            "ess": effective_count(torch.where(kept, weight, -math.inf).flatten()) / count,
             "linearised": (far & kept).sum().to(ratio.dtype) / count,
         }
 
@@ -173,9 +173,3 @@ _INSTEAD = {
     "behaviour": "elsewhere it would need the weight q/behaviour, held fixed, as 'score' has it. Write "
     "MonteCarlo('behaviour', 'score')",
 }
-
-
-def _effective(log_weight: Tensor) -> Tensor:
-    """(sum w)^2 / sum w^2, 0 without any weight; [n] -> []."""
-    total, squares = log_weight.logsumexp(0), (2 * log_weight).logsumexp(0)
-    return torch.where(total == -math.inf, 0.0, (2 * total - squares).exp())

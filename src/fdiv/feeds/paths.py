@@ -81,11 +81,26 @@ class PathsFeed(Feed):
             self._keep(
                 self._rolled(model, self.method.paths, self.method.heat(step / max(1, last)), generator)
             )
+            self._weigh(model)
         if step == 0 and (start := self.method.initial_memory(**self._read(model, self._all()))):
             self.memory |= start
-        kept = len(self.memory["length"])
-        index = torch.randint(kept, (self.spec.batch_size,), generator=generator).to(self.device)
+        index = self._index(generator).to(self.device)
         return self._mine({name: self.memory[name][index] for name in KEPT})
+
+    def _index(self, generator: torch.Generator) -> Tensor:
+        """Which of the kept paths make a batch."""
+        kept, size = len(self.memory["length"]), self.spec.batch_size
+        weighed = round(self.method.importance * size)
+        evenly = torch.randint(kept, (size - weighed,), generator=generator)
+        if not weighed:
+            return evenly
+        weight = self.memory["weight"].cpu()
+        return torch.cat([evenly, torch.multinomial(weight, weighed, replacement=True, generator=generator)])
+
+    def _weigh(self, model: Classifier) -> None:
+        """Note the weight of each kept path, as the sampler is now."""
+        if self.method.importance:
+            self.memory["weight"] = self.method.underrated(**self._read(model, self._all()))
 
     def _rolled(
         self, model: Classifier, count: int, heat: float, generator: torch.Generator

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fdiv._math import effective_count
 from fdiv.adapters.classifier import Classifier
 from fdiv.methods.paths.log_variance import log_likelihood_ratio
 from fdiv.methods.robust.attacks import evaluated
@@ -145,8 +146,7 @@ def against(task: Paths, own: Transitions, log_weight: Tensor, brute: Transition
     if len(weight) and share:
         found["log10 of rates"] = math.log10(found["rate"] / found["rate, brute force"])
     if len(weight):
-        effective = (2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)).exp()
-        found["effective share"] = float(effective) / len(weight)
+        found["effective share"] = float(effective_count(log_weight)) / len(weight)
     return found | _occupations(surface, own, (log_weight - log_weight.logsumexp(0)).exp(), brute)
 
 

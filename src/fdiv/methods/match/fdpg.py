@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fdiv._divergence import FDivergence, require_f_divergence
+from fdiv._math import effective_count
 from fdiv.divergences.js import JS
 from fdiv.methods._method import Consumes, Out, blank
 from fdiv.methods.match.target import Accept, Target
@@ -131,7 +132,7 @@ class FDPG:
             "divergence": ((log_q - log_mu).exp() * self.divergence.f(log_ratio)).mean(),
             "log_partition": log_z,
             "rejected": (log_target == -math.inf).double().mean(),
-            "ess": _effective(log_share),
+            "ess": effective_count(log_share) / max(len(log_share), 1),
             "ratio": (log_q - log_mu).exp().mean(),
         }
         if self.proposal == "lagged":  # KL(p, mu) - KL(p, q), in which log Z cancels but for p's scale
@@ -157,9 +158,3 @@ class FDPG:
             if new["gain_steps"] == self.every:
                 new |= {"adopt": float(new["gain"] > 0), "gain": 0.0, "gain_steps": 0.0}
         return new
-
-
-def _effective(log_weight: Tensor) -> Tensor:
-    """(sum w)^2 / (n sum w^2), 0 without any weight; in logs, for the scale of w is arbitrary."""
-    total, squares = log_weight.logsumexp(0), (2 * log_weight).logsumexp(0)
-    return torch.where(total == -math.inf, 0.0, (2 * total - squares).exp() / max(len(log_weight), 1))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fdiv._divergence import Divergence
-from fdiv._math import in_working_precision
+from fdiv._math import effective_count, in_working_precision
 from fdiv.divergences.kl import ReverseKL
 from fdiv.methods._method import Consumes, Out, mean_over_tokens
 
@@ -51,8 +51,11 @@ class LogVariance:
         is smaller by far); it starts at minus the first paths' mean l.
     paths: of a roll-out; capacity: paths that are kept; hot: the temperature of the first roll-out over that
         of the last. `train.reuse` is the number of steps between two roll-outs, each on a batch of kept
-    paths. divergence: LV is no f-divergence and depends on V; this is the one that its gradient is twice that
-        of, at V = Q (p being what is wanted).
+    paths. importance: the share of a batch that is not drawn evenly from these, but by dP/dQ, by how much
+        the sampler underrates them: one that takes one of several ways draws the others hardly any more, and
+        learns them from paths that it has kept. The weights are those at the last roll-out, tempered so that
+    a share `effective` of the kept paths counts. divergence: LV is no f-divergence and depends on V; this is
+        the one that its gradient is twice that of, at V = Q (p being what is wanted).
     """
 
     consumes: ClassVar[Consumes] = "paths"
@@ -65,6 +68,8 @@ class LogVariance:
     paths: int = 128
     capacity: int = 1000
     hot: float = 2.0
+    importance: float = 0.0
+    effective: float = 0.1
 
     def __post_init__(self):
         if self.control not in CONTROLS:
@@ -77,6 +82,11 @@ class LogVariance:
         for name in ("paths", "capacity"):
             if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
                 raise ValueError(f"{name} is a number of paths, at least 1, got {getattr(self, name)!r}")
+
+        if not 0 <= self.importance <= 1:
+            raise ValueError(f"importance is a share of a batch, in [0, 1], got {self.importance!r}")
+        if not 0 < self.effective <= 1:
+            raise ValueError(f"effective is a share of the kept paths, in (0, 1], got {self.effective!r}")
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -97,6 +107,11 @@ class LogVariance:
             return {}
         with torch.no_grad():
             return {"log_partition": -self.log_ratio(**first).mean()}
+
+    def underrated(self, **paths: Any) -> Tensor:
+        """The weights [B] by which kept paths are drawn, of sum 1; paths: as in `log_ratio`."""
+        with torch.no_grad():
+            return tempered(-self.log_ratio(**paths), self.effective)
 
     def heat(self, progress: float) -> float:
         """The temperature of a roll-out over that of the wanted law; progress is 1 at the last."""
@@ -161,6 +176,20 @@ class LogVariance:
             log_ratio = log_ratio / max(1, moves[0].numel() if len(moves) else 1)
         (reward,) = in_working_precision(log_reward)
         return log_ratio - reward
+
+
+def tempered(log_weight: Tensor, effective: float) -> Tensor:
+    """w^tau over its sum [B], at the largest tau <= 1 at which (sum w^tau)^2 / sum w^(2 tau) >= effective B.
+
+    That is the number of samples that count, which falls as tau grows.
+    """
+    least, low, high = effective * len(log_weight), 0.0, 1.0
+    if effective_count(log_weight) >= least:
+        low = 1.0
+    for _ in range(50 if low < 1 else 0):
+        middle = (low + high) / 2
+        low, high = (middle, high) if effective_count(middle * log_weight) >= least else (low, middle)
+    return (low * log_weight).softmax(0)
 
 
 STEPS = ("positions", "moves", "when", "length", "target", "step_size", "variance")

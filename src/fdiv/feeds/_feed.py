@@ -150,6 +150,21 @@ class Feed:
 
     # -- for feeds ----------------------------------------------------------------------------------------
 
+    def require_small(self, rows: str) -> None:
+        """Raise where the run asks for what large models need, or for a method's batch in parts."""
+        spec, processes = self.spec, self.world.size
+        if spec.lora or spec.gradient_checkpointing or (processes > 1 and spec.parallel == "fsdp"):
+            raise ValueError(
+                "a small network is trained whole: leave out train.lora and train.gradient_checkpointing, "
+                "and write parallel: ddp"
+            )
+        in_parts = processes > 1 or (spec.micro_batch or spec.batch_size) < spec.batch_size
+        if getattr(self.method, "unit", None) == "batch" and in_parts:
+            raise ValueError(
+                f"{self.method!r} compares the {rows} of a whole batch: leave out train.micro_batch, and "
+                "train it in one process"
+            )
+
     def require_local(self) -> None:
         """Raise unless the teacher is the model in memory, which is all that this feed asks."""
         if not isinstance(self.source, Local):

@@ -71,17 +71,7 @@ class Examples(Feed):
             raise ValueError(
                 f"{method!r} reads {', '.join(unknown)}, which inputs with labels do not have; text has"
             )
-        if spec.lora or spec.gradient_checkpointing or (processes > 1 and spec.parallel == "fsdp"):
-            raise ValueError(
-                "a small network is trained whole: leave out train.lora and train.gradient_checkpointing, "
-                "and write parallel: ddp"
-            )
-        in_parts = processes > 1 or (spec.micro_batch or spec.batch_size) < spec.batch_size
-        if getattr(method, "unit", None) == "batch" and in_parts:
-            raise ValueError(
-                f"{method!r} compares the examples of a whole batch: leave out train.micro_batch, and train "
-                "it in one process"
-            )
+        self.require_small("examples")
         if hasattr(method, "initial_memory") and (processes > 1 or spec.validate_every):
             raise ValueError(
                 f"{method!r} keeps numbers of every training example: train it in one process, and leave out "

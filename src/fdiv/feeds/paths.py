@@ -44,7 +44,7 @@ class PathsFeed(Feed):
 
     def _refuse(self) -> None:
         """Raise where something that was asked for would be ignored, or be wrong."""
-        method, spec, processes = self.method, self.spec, self.world.size
+        method = self.method
         if method.consumes != "paths":
             raise ValueError(
                 f"{method!r} consumes {method.consumes}, of which {self.task!r} has none; write LogVariance()"
@@ -53,17 +53,7 @@ class PathsFeed(Feed):
             raise ValueError(
                 f"{method!r} learns from paths, which {self.task!r} has none of; write Paths(...)"
             )
-        if spec.lora or spec.gradient_checkpointing or (processes > 1 and spec.parallel == "fsdp"):
-            raise ValueError(
-                "a small network is trained whole: leave out train.lora and train.gradient_checkpointing, "
-                "and write parallel: ddp"
-            )
-        in_parts = processes > 1 or (spec.micro_batch or spec.batch_size) < spec.batch_size
-        if getattr(method, "unit", None) == "batch" and in_parts:
-            raise ValueError(
-                f"{method!r} compares the paths of a whole batch: leave out train.micro_batch, and train it "
-                "in one process"
-            )
+        self.require_small("paths")
 
     def attend(self, model: Classifier) -> nn.Module | None:
         self.beside = self.method.module()

@@ -87,6 +87,11 @@ class LogVariance:
             raise ValueError(f"importance is a share of a batch, in [0, 1], got {self.importance!r}")
         if not 0 < self.effective <= 1:
             raise ValueError(f"effective is a share of the kept paths, in (0, 1], got {self.effective!r}")
+        if not self.importance and self.effective != LogVariance.effective:
+            raise ValueError(
+                "effective tempers the weights that importance draws by: give importance > 0, 0.5 say, or "
+                "leave effective out"
+            )
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -179,30 +179,30 @@ EXPORTS = {
     "Critic": "sigma_data=0.5, levels=None, features='teacher'",
     "Known": "",
     "Denoising": "sigma_data=0.5, levels=LogNormal(mean=-1.2, std=1.2), dims=inf, steps=18, "
-    "least=0.002, most=80.0, rho=7.0",
+    "least=0.002, most=80.0, rho=7.0, drop=0.0, guidance=1.0",
     "FDistill": "divergence, every=5, gan=0.001, sigma_init=2.5, levels=Karras(least=0.002, most=80.0, "
     "rho=7.0), weight='distance', ratio=(0.1, 20.0), bins=10, bin_rate=0.0, "
     "normalise=True, regression=0.0, regression_steps=18, head_start=0, "
-    "critic=Critic(sigma_data=0.5, levels=None, features='teacher')",
+    "critic=Critic(sigma_data=0.5, levels=None, features='teacher'), guidance=1.0",
     "Karras": "least=0.002, most=80.0, rho=7.0",
     "LogLogistic": "median=2.5",
     "LogNormal": "mean=-1.2, std=1.2",
     "RCM": "consistency=100.0, dmd=1.0, warmup=1000, every=5, sigma_data=0.5, sigma_init=80.0, "
     "times=(1.3, 1.0, 0.6), levels=LogNormal(mean=-1.5, std=1.6), "
     "dmd_levels=LogLogistic(median=2.5), critic=Critic(sigma_data=0.5, levels=None, "
-    "features='teacher')",
+    "features='teacher'), guidance=1.0",
     "SiD": "alpha=1.2, every=1, sigma_init=2.5, levels=Karras(least=0.002, most=24.4, rho=7.0), "
     "weight='distance', head_start=0, critic=Critic(sigma_data=0.5, "
-    "levels=LogNormal(mean=-1.2, std=1.2), features='teacher')",
+    "levels=LogNormal(mean=-1.2, std=1.2), features='teacher'), guidance=1.0",
     "SIM": "huber=None, every=1, sigma_init=2.5, levels=Karras(least=0.002, most=24.4, rho=7.0), "
     "weight='distance', head_start=0, critic=Critic(sigma_data=0.5, "
-    "levels=LogNormal(mean=-1.2, std=1.2), features='teacher')",
+    "levels=LogNormal(mean=-1.2, std=1.2), features='teacher'), guidance=1.0",
     "UniInstruct": "divergence, every=1, gan=0.01, sigma_init=2.5, levels=Karras(least=0.002, most=24.4, "
     "rho=7.0), weight='distance', ratio=(0.1, 20.0), bins=10, bin_rate=0.0, head_start=0, "
     "critic=Critic(sigma_data=0.5, levels=LogNormal(mean=-1.2, std=1.2), "
-    "features='teacher')",
+    "features='teacher'), guidance=1.0",
     "LogVariance": "control='learned', reduction='sum', truncated=True, pace=100.0, paths=128, "
-    "capacity=1000, hot=2.0",
+    "capacity=1000, hot=2.0, importance=0.0, effective=0.1",
     "Decoding": "temperature=1.0, top_k=None, top_p=1.0",
     "Sampler": None,
     "Offline": "decoding",

@@ -96,6 +96,28 @@ def denoised(denoiser: Denoiser, x: Tensor, sigma: Tensor | float, condition: An
     return denoiser(x, sigma) if condition is None else denoiser(x, sigma, condition)
 
 
+def guided(network: Any, guidance: float) -> Denoiser:
+    """D of no condition + guidance (D of the condition - D of none): classifier-free guidance.
+
+    Ho and Salimans, "Classifier-Free Diffusion Guidance", arXiv 2207.12598. 1 is the network itself, more
+    goes beyond its condition. No condition is the class `network.null`, which the network has been taught.
+    """
+    if guidance == 1:
+        return network
+    null = getattr(network, "null", None)
+    if null is None:
+        raise ValueError(
+            f"guidance={guidance:g} goes away from what the model says of no condition, and this one has not "
+            "learnt that; train it with Denoising(drop=0.1) as a Denoiser(classes=..., null=True)"
+        )
+
+    def denoise(x: Tensor, sigma: Any, condition: Tensor) -> Tensor:
+        free = network(x, sigma, torch.full_like(condition, null))
+        return free + guidance * (network(x, sigma, condition) - free)
+
+    return denoise
+
+
 def score(denoiser: Denoiser, x: Tensor, sigma: Tensor | float, condition: Any = None) -> Tensor:
     """grad log p_sigma(x) = (D - x) / sigma^2, [B, ...]."""
     sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))

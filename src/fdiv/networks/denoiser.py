@@ -19,7 +19,8 @@ class Denoiser:
     """`blocks` residual blocks of `width` units, each told the level of noise and the condition.
 
     sigma_data: the standard deviation of a coordinate of the data. classes: the condition is a class, [B]
-    int64; context: it is so many numbers, [B, context]; neither: there is none. The network is
+    int64; context: it is so many numbers, [B, context]; neither: there is none. null: one class more, the
+    network's attribute `null`, stands for all of them, see `Denoising(drop=)`. The network is
     D(x [B, ...], sigma, condition) -> [B, ...], see fdiv.diffusion.edm; sigma is a number or [B].
     """
 
@@ -28,6 +29,7 @@ class Denoiser:
     sigma_data: float = 0.5
     classes: int = 0
     context: int = 0
+    null: bool = False
 
     def __post_init__(self):
         require_sizes(self, width=self.width, blocks=self.blocks)
@@ -40,6 +42,8 @@ class Denoiser:
                 "a condition is a class or a row of numbers: write classes or context, and where both are "
                 "wanted the class as numbers"
             )
+        if self.null and not self.classes:
+            raise ValueError("null is one class beside the others: write classes, or leave null out")
 
     def build(self, shape: torch.Size, outputs: int) -> "DenoiserNetwork":
         if outputs != shape.numel():
@@ -58,10 +62,12 @@ class DenoiserNetwork(Network):
         super().__init__([_Block(width) for _ in range(sizes.blocks)], width, shape.numel())
         self.scaling = Preconditioning(sizes.sigma_data)
         self.classes, self.context = sizes.classes, sizes.context
+        self.null = sizes.classes if sizes.null else None
         self.first = nn.Linear(shape.numel(), width)
         self.level = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         if self.conditional:
-            made = nn.Embedding(self.classes, width) if self.classes else nn.Linear(self.context, width)
+            known = self.classes + sizes.null
+            made = nn.Embedding(known, width) if self.classes else nn.Linear(self.context, width)
             self.condition = made
         nn.init.zeros_(self.head.weight)  # an untrained one returns skip(sigma) x
         nn.init.zeros_(self.head.bias)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from fdiv._divergence import FDivergence
-from fdiv.diffusion.edm import denoised
+from fdiv.diffusion.edm import denoised, guided
 from fdiv.methods._method import Consumes, Out, mean_over_tokens
 from fdiv.methods.generate._critic import Critic, Known, LogRatio, Rows, require_critic
 from fdiv.methods.generate._one_step import (
@@ -63,6 +63,7 @@ class OneStep:
     levels: Levels
     weight: str
     critic: Critic | Known
+    guidance: float
 
     def learns(self, turn: Turn, seen: Compared) -> Rows:
         """(rows [B] of the student's loss, metrics)."""
@@ -109,15 +110,16 @@ class OneStep:
 
     def _compared(self, turn: Turn) -> Compared:
         level, fake = drawn(self.levels, turn.made), self.critic.denoiser(turn.module, turn.network)
-        x = noised(turn.made, level)
+        x, told = noised(turn.made, level), guided(turn.p_network, self.guidance)
         with torch.set_grad_enabled(self.through and torch.is_grad_enabled()):
-            student, teacher = (denoised(d, x, level.sigma, turn.condition) for d in (fake, turn.p_network))
+            student, teacher = (denoised(d, x, level.sigma, turn.condition) for d in (fake, told))
         return Compared(x, level, student, teacher)
 
     def _require(self, weights: tuple[str, ...]) -> None:
         """Raise unless the fields above make sense; weights: those that the method has."""
         name = type(self).__name__
         require_plan(self, self.every, self.head_start, self.sigma_init)
+        require_size(name, least=0.0, guidance=self.guidance)
         require_levels(self.levels, f"{name}(levels)")
         require_weight(name, self.weight, weights)
         require_critic(self.critic, name)

@@ -14,13 +14,15 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fdiv._divergence import Divergence
-from fdiv.diffusion.edm import Denoiser, Preconditioning, denoised, heun, karras
+from fdiv.diffusion.edm import Denoiser, Preconditioning, denoised, guided, heun, karras
 from fdiv.diffusion.pfgm import perturbed, require_dims, rescaled
 from fdiv.divergences.kl import KL
 from fdiv.methods._method import Consumes, Out, mean_over_tokens
+from fdiv.methods.generate._one_step import require_size
 from fdiv.methods.generate.levels import Levels, LogNormal, drawn, require_levels
 
 
@@ -29,8 +31,9 @@ class Denoising:
     """Mean over examples and coordinates of w(sigma) (D - x)^2, at one level sigma for each example.
 
     sigma_data: the standard deviation of a coordinate of the data, as the network has it. levels: the law of
-    sigma. dims: inf for Gaussian noise, PFGM++'s D for heavier tails. The rest is for `sample`, by Heun's
-    method: 2 steps - 1 calls of the network.
+    sigma. dims: inf for Gaussian noise, PFGM++'s D for heavier tails. drop: the share of examples whose class
+    is not told, so that `guidance` can go away from what is said then. The rest is for `sample`, by Heun's
+    method: 2 steps - 1 calls of the network, twice as many with guidance, see `guided`.
     """
 
     consumes: ClassVar[Consumes] = "examples"
@@ -46,12 +49,17 @@ class Denoising:
     least: float = 0.002
     most: float = 80.0
     rho: float = 7.0
+    drop: float = 0.0
+    guidance: float = 1.0
 
     def __post_init__(self):
         Preconditioning(self.sigma_data)  # these check what they are given
         require_levels(self.levels, "Denoising(levels)")
         require_dims(self.dims)
         karras(self.steps, self.least, self.most, self.rho)
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"Denoising(drop) is a share of examples, in [0, 1), got {self.drop!r}")
+        require_size("Denoising", least=0.0, guidance=self.guidance)
 
     def __call__(
         self, *, inputs: Tensor, labels: Tensor, network: Any, count: Tensor | float | None = None
@@ -61,7 +69,7 @@ class Denoising:
             raise TypeError(f"noise is added to real numbers, got inputs of {inputs.dtype}; write x.float()")
         sigma = drawn(self.levels, inputs).sigma
         noisy = perturbed(inputs, sigma, self.dims)
-        condition = labels if getattr(network, "conditional", False) else None
+        condition = self._told(labels, network) if getattr(network, "conditional", False) else None
         squares = (denoised(network, noisy, sigma, condition) - inputs).square().flatten(1).mean(1)
         require_finite(squares)
         metrics = {"squared_error": squares.detach().mean()} if len(squares) else {}
@@ -69,13 +77,24 @@ class Denoising:
             mean_over_tokens(Preconditioning(self.sigma_data).weight(sigma) * squares, count=count), metrics
         )
 
+    def _told(self, labels: Tensor, network: Any) -> Tensor:
+        if not self.drop:
+            return labels
+        if getattr(network, "null", None) is None:
+            raise ValueError(
+                f"drop={self.drop:g} leaves the class out, and the network has none for that; write "
+                "Denoiser(classes=..., null=True)"
+            )
+        left_out = torch.rand(len(labels), device=labels.device) < self.drop
+        return torch.where(left_out, network.null, labels)
+
     def sample(self, network: Denoiser, noise: Tensor, condition: Any = None) -> Tensor:
         """Samples [B, ...] from standard normal noise [B, ...], and from nothing else.
 
         With finite dims each row's norm is moved to the same quantile of the heavier-tailed prior's.
         """
-        start = self.most * rescaled(noise, self.dims)
-        return heun(network, start, karras(self.steps, self.least, self.most, self.rho), condition)
+        start, told = self.most * rescaled(noise, self.dims), guided(network, self.guidance)
+        return heun(told, start, karras(self.steps, self.least, self.most, self.rho), condition)
 
 
 def require_finite(squares: Tensor) -> None:

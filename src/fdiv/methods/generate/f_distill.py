@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fdiv._divergence import FDivergence
-from fdiv.diffusion.edm import heun, karras, spread_to
+from fdiv.diffusion.edm import guided, heun, karras, spread_to
 from fdiv.divergences.js import JS
 from fdiv.divergences.kl import ReverseKL
 from fdiv.methods.generate._critic import Critic, Known, LogRatio, Rows
@@ -43,8 +43,9 @@ class FDistill(Weighed):
     before. weight: w is sigma^2 / mean|x0 - D_p| ("distance", of DMD), sigma^2 ("denoiser") or 1 ("score").
     ratio, bins, bin_rate: see `density_ratio`. normalise: h is divided by its mean over the batch. gan:
     weight of softplus(-logit), by which real data teach too. regression: weight of the squared distance to
-    where the teacher's solver goes from the same noise, in regression_steps of Heun. The value of the loss
-    means nothing: its gradient does, a mean over coordinates.
+    where the teacher's solver goes from the same noise, in regression_steps of Heun. guidance: of the
+    teacher's denoiser, see `guided`; the ratio stays that of the data. The value of the loss means nothing:
+    its gradient does, a mean over coordinates.
     """
 
     through: ClassVar[bool] = False
@@ -63,6 +64,7 @@ class FDistill(Weighed):
     regression_steps: int = 18
     head_start: int = 0
     critic: Critic | Known = Critic()
+    guidance: float = 1.0
 
     def __post_init__(self):
         self._require(WEIGHTS)
@@ -118,9 +120,9 @@ class FDistill(Weighed):
 
     def _regression(self, turn: Turn) -> Tensor:
         """[B], between where the student and the teacher's solver take the same noise."""
-        sigmas = karras(self.regression_steps)
+        sigmas, told = karras(self.regression_steps), guided(turn.p_network, self.guidance)
         with torch.no_grad():
-            there = heun(turn.p_network, sigmas[0].item() * turn.noise, sigmas, turn.condition)
+            there = heun(told, sigmas[0].item() * turn.noise, sigmas, turn.condition)
         return self.regression * mean_coordinate((turn.made - there).square())
 
 

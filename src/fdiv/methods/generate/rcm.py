@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fdiv._divergence import FDivergence
-from fdiv.diffusion.edm import Denoiser, Preconditioning, denoised, spread_to
+from fdiv.diffusion.edm import Denoiser, Preconditioning, denoised, guided, spread_to
 from fdiv.divergences.kl import ReverseKL
 from fdiv.methods._method import Out, mean_over_tokens
 from fdiv.methods.generate._critic import Critic, Known, require_critic
@@ -64,10 +64,11 @@ class RCM(OneStep):
     levels: Levels = LogNormal(-1.5, 1.6)
     dmd_levels: Levels = LogLogistic()
     critic: Critic | Known = Critic()
+    guidance: float = 1.0
 
     def __post_init__(self):
         Preconditioning(self.sigma_data)  # checks it
-        require_size("RCM", least=0.0, consistency=self.consistency, dmd=self.dmd)
+        require_size("RCM", least=0.0, consistency=self.consistency, dmd=self.dmd, guidance=self.guidance)
         if not self.consistency + self.dmd:
             raise ValueError("RCM(consistency=0, dmd=0) trains nothing; leave one of them above 0")
         require_plan(self, self.every, self.warmup, self.sigma_init)
@@ -105,10 +106,10 @@ class RCM(OneStep):
         """inputs [B, ...] are data, labels [B, ...] the condition of networks that read one."""
         condition, warm = condition_of(labels, network, p_network), step >= self.warmup
         learns = not warm or not self.dmd or moves(step, self.every, self.warmup)
-        rows, metrics = inputs.new_zeros(len(inputs)), {}
+        rows, metrics, told = inputs.new_zeros(len(inputs)), {}, guided(p_network, self.guidance)
         if learns and self.consistency:
             rho = min(1.0, step / self.warmup) if self.warmup else 1.0
-            own, metrics = self._consistency(inputs, network, p_network, condition, rho)
+            own, metrics = self._consistency(inputs, network, told, condition, rho)
             rows = self.consistency * own
         if self.dmd:
             with torch.set_grad_enabled(learns and warm and torch.is_grad_enabled()):
@@ -116,7 +117,7 @@ class RCM(OneStep):
             own, more = self.critic.rows(module, p_network, inputs, made, condition, self.dmd_levels)
             rows, metrics = rows + own, metrics | more
         if self.dmd and learns and warm:
-            rows = rows + self.dmd * self._dmd(made, network, p_network, module, condition)
+            rows = rows + self.dmd * self._dmd(made, network, told, module, condition)
         return Out(mean_over_tokens(rows, count=count), metrics)
 
     def _simulated(self, network: Any, inputs: Tensor, condition: Any) -> Tensor:

@@ -42,6 +42,7 @@ class SiD(OneStep):
     weight: Literal["distance", "denoiser", "score", "expansion"] = "distance"
     head_start: int = 0
     critic: Critic | Known = Critic(levels=LogNormal())
+    guidance: float = 1.0
 
     def __post_init__(self):
         if not 0 <= self.alpha < 10:

@@ -38,6 +38,7 @@ class SIM(OneStep):
     weight: Literal["distance", "denoiser", "score", "expansion"] = "distance"
     head_start: int = 0
     critic: Critic | Known = Critic(levels=LogNormal())
+    guidance: float = 1.0
 
     def __post_init__(self):
         if self.huber is not None:

@@ -50,6 +50,7 @@ class UniInstruct(Weighed):
     bin_rate: float = 0.0
     head_start: int = 0
     critic: Critic | Known = Critic(levels=LogNormal())
+    guidance: float = 1.0
 
     def __post_init__(self):
         self._require(WEIGHTS)

@@ -200,7 +200,7 @@ EXPORTS = {
     "UniInstruct": "divergence, every=1, gan=0.01, sigma_init=2.5, levels=Karras(least=0.002, most=24.4, "
     "rho=7.0), weight='distance', ratio=(0.1, 20.0), bins=10, bin_rate=0.0, head_start=0, "
     "critic=Critic(sigma_data=0.5, levels=LogNormal(mean=-1.2, std=1.2), "
-    "features='teacher'), guidance=1.0",
+    "features='teacher'), guidance=1.0, through_ratio=True",
     "LogVariance": "control='learned', reduction='sum', truncated=True, pace=100.0, paths=128, "
     "capacity=1000, hot=2.0, importance=0.0, effective=0.1",
     "Decoding": "temperature=1.0, top_k=None, top_p=1.0",

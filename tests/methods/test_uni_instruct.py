@@ -137,6 +137,20 @@ def same(left, right, made):
     close(gradient(left.sum(), made), gradient(right.sum(), made), 1e-10)
 
 
+def test_with_the_ratio_held_kl_is_sim_times_the_ratio_and_otherwise_it_is_not():
+    q, p = networks()
+    module = Critic().beside(q, p, discriminates=True).double()
+    torch.nn.init.normal_(module.discriminator.head[2].weight)
+    made, (x, level, fake, truth), _ = at_random()
+    method = UniInstruct(KL(), gan=0.0, weight="denoiser", bins=0, ratio=(1e-9, 1e9), through_ratio=False)
+    turn, seen = Turn(made, made, None, q, p, module, {}), Compared(x, level, fake, truth)
+    ratio = Critic().log_ratio(module, q, p)(x, level.sigma, None).detach().exp().unsqueeze(1)
+    held = gradient((-2 * ratio * (fake - truth) * (fake - made)).mean(1).sum(), made)
+    close(gradient(method.learns(turn, seen)[0].sum(), made), held, 1e-9)
+    exact = gradient(replace(method, through_ratio=True).learns(turn, seen)[0].sum(), made)
+    assert (exact - held).abs().max() > 1e-3 * held.abs().max()
+
+
 def test_twice_sid_at_one_half_is_reverse_kl():
     made, (_, _, fake, truth), log_ratio = at_random()
     same(expanded(ReverseKL(), log_ratio, made, fake, truth), 2 * identity(0.5, made, fake, truth), made)

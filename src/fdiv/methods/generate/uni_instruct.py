@@ -36,7 +36,9 @@ class UniInstruct(Weighed):
 
     weight: of a product of two differences of denoisers: over mean|x0 - D_p| ("distance", the authors'), as
     it is ("denoiser"), over sigma^4 ("score"), or that and sigma over the density of the levels
-    ("expansion": exactly the divergence, of high variance). Other fields as in `FDistill`.
+    ("expansion": exactly the divergence, of high variance). through_ratio: r is differentiated too, as the
+    theorem has it; in many dimensions its slope, a difference of scores, is large and noisy at small levels,
+    and False holds r where it is. Other fields as in `FDistill`.
     """
 
     divergence: FDivergence = field(default_factory=KL)
@@ -51,6 +53,7 @@ class UniInstruct(Weighed):
     head_start: int = 0
     critic: Critic | Known = Critic(levels=LogNormal())
     guidance: float = 1.0
+    through_ratio: bool = True
 
     def __post_init__(self):
         self._require(WEIGHTS)
@@ -67,7 +70,8 @@ class UniInstruct(Weighed):
         if logit is not None and needs_ratio(self.divergence):
             with torch.no_grad():
                 found = logit(x, level.sigma, turn.condition)
-            found = with_slope(found, x, (teacher - student) / spread_to(level.sigma, x) ** 2)
+            if self.through_ratio:
+                found = with_slope(found, x, (teacher - student) / spread_to(level.sigma, x) ** 2)
             options = self.ratio, self.bins, self.bin_rate
             log_ratio, metrics = density_ratio(found, level.rank, *options, turn.state)
             metrics["weight_variance"] = relative_variance(self.divergence, log_ratio.detach())

@@ -106,6 +106,8 @@ def test_guidance_of_what_was_not_learnt_is_refused():
         Denoising(guidance=2.0).sample(plain, x, LABELS)
     with pytest.raises(ValueError, match=r"null=True"):
         Denoising(drop=0.1)(inputs=x, labels=LABELS, network=plain)
+    with pytest.raises(ValueError, match=r"null=True"):
+        Denoising(drop=0.1)(inputs=x, labels=LABELS, network=network(classes=0, null=False))
     method = SiD(guidance=2.0)
     networks = {"network": plain, "p_network": plain, "module": method.beside(plain, plain)}
     with pytest.raises(ValueError, match="guidance=2"):

@@ -10,6 +10,7 @@ from fdiv.adapters.classifier import Classifier
 from fdiv.feeds._feed import Counts, Feed
 from fdiv.methods._method import Out
 
+AT_ONCE = 256  # kept paths whose weights are found together
 KEPT = ("positions", "moves", "log_reward", "length")
 
 
@@ -90,7 +91,11 @@ class PathsFeed(Feed):
     def _weigh(self, model: Classifier) -> None:
         """Note the weight of each kept path, as the sampler is now."""
         if self.method.importance:
-            self.memory["weight"] = self.method.underrated(**self._read(model, self._all()))
+            with torch.no_grad():
+                each = [
+                    self.method.log_ratio(**self._read(model, some)) for some in self._all().split(AT_ONCE)
+                ]
+            self.memory["weight"] = self.method.underrated(torch.cat(each))
 
     def _rolled(
         self, model: Classifier, count: int, heat: float, generator: torch.Generator

@@ -69,7 +69,9 @@ class Denoising:
             raise TypeError(f"noise is added to real numbers, got inputs of {inputs.dtype}; write x.float()")
         sigma = drawn(self.levels, inputs).sigma
         noisy = perturbed(inputs, sigma, self.dims)
-        condition = self._told(labels, network) if getattr(network, "conditional", False) else None
+        condition = labels if getattr(network, "conditional", False) else None
+        if self.drop:
+            condition = self._with_some_left_out(labels, network)
         squares = (denoised(network, noisy, sigma, condition) - inputs).square().flatten(1).mean(1)
         require_finite(squares)
         metrics = {"squared_error": squares.detach().mean()} if len(squares) else {}
@@ -77,9 +79,7 @@ class Denoising:
             mean_over_tokens(Preconditioning(self.sigma_data).weight(sigma) * squares, count=count), metrics
         )
 
-    def _told(self, labels: Tensor, network: Any) -> Tensor:
-        if not self.drop:
-            return labels
+    def _with_some_left_out(self, labels: Tensor, network: Any) -> Tensor:
         if getattr(network, "null", None) is None:
             raise ValueError(
                 f"drop={self.drop:g} leaves the class out, and the network has none for that; write "

@@ -113,10 +113,9 @@ class LogVariance:
         with torch.no_grad():
             return {"log_partition": -self.log_ratio(**first).mean()}
 
-    def underrated(self, **paths: Any) -> Tensor:
-        """The weights [B] by which kept paths are drawn, of sum 1; paths: as in `log_ratio`."""
-        with torch.no_grad():
-            return tempered(-self.log_ratio(**paths), self.effective)
+    def underrated(self, log_ratio: Tensor) -> Tensor:
+        """The weights [B], of sum 1, by which kept paths are drawn whose l is `log_ratio` [B]."""
+        return tempered(-log_ratio, self.effective)
 
     def heat(self, progress: float) -> float:
         """The temperature of a roll-out over that of the wanted law; progress is 1 at the last."""

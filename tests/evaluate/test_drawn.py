@@ -14,6 +14,11 @@ LINE = {"x": [-1.0, 0.0, 1.0], "target": [0.1, 0.5, 0.1], "made": [0.2, 0.3, 0.2
 PICTURES = {
     "points": {"points": [[0.0, 1.0], [1.0, 0.0]], "target": [[0.5, 0.5], [0.0, 0.0]]},
     "line": {"line": LINE},
+    "paths": {
+        "paths": [[[0.0, 0.0], [1.0, 1.0]]],
+        "target": [],
+        "surface": {"x": [0.0, 1.0], "y": [0.0, 1.0, 2.0], "energy": [[0.0, 1.0], [2.0, 0.0], [1.0, 1.0]]},
+    },
     "images": {"images": [[[0, 255], [128, 0]]] * 7, "target": [[[255, 255], [0, 0]]] * 7},
 }
 
@@ -39,7 +44,8 @@ def test_each_kind_has_a_panel_a_label_in_the_page(kind, tmp_path):
     found = load_chapter(tmp_path / "run")
     figure = drawn(found, styles([found]))
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
-    assert titles == ["the data"] * (kind == "images") + ["KL()", "JS(0.5)"]
+    aim = {"images": ["the data"], "paths": ["brute force"]}.get(kind, [])
+    assert titles == [*aim, "KL()", "JS(0.5)"]
 
 
 def test_nothing_is_drawn_where_nothing_was_recorded(tmp_path):

@@ -18,11 +18,13 @@ from fdiv.networks.bias import Unbiased
 from fdiv.recipe import load, members
 from fdiv.tasks.paths import Paths, Rolled
 from fdiv.tasks.paths_measurement import (
+    Transitions,
     _log_weights,
     against,
     brute_force,
     occupation,
     of_transitions,
+    picture,
     transitions,
 )
 from fdiv.tasks.surfaces import SURFACES
@@ -158,6 +160,20 @@ def test_the_weighted_rate_of_any_sampler_is_that_of_brute_force(force):
     assert abs(found["transition probability"] - p) < 4 * error
     assert arrived.float().mean() > 1.5 * p
     assert found["occupation tv, weighted"] < found["occupation tv"] + 0.02
+
+
+def test_the_picture_shows_transitions_where_they_are_on_the_surface():
+    surface, brute = HOT.surface, brute_force(HOT)
+    found = picture(surface, Transitions(*(t[:3] for t in brute)), brute)
+    assert len(found["paths"]) == 3 and found["paths"] == found["target"][:3]
+    path = torch.tensor(found["paths"][0])
+    assert math.dist(path[0], surface.start) < surface.radius + 0.3
+    assert math.dist(path[-1], surface.target) < surface.radius
+    x, y, energy = (torch.tensor(found["surface"][name]) for name in ("x", "y", "energy"))
+    row, column = 7, 30  # y is down the rows
+    assert energy[row, column].item() == pytest.approx(
+        min(surface.energy(torch.stack([x[column], y[row]])).item(), energy.max().item()), abs=0.05
+    )
 
 
 def test_brute_force_is_one_ensemble_and_its_own_sampler_agrees():

@@ -1,7 +1,8 @@
-"""What generators make, a panel each: points in the plane, densities on a line, or images side by side.
+"""What samplers make, a panel each: points in the plane, densities on a line, images, or paths on a surface.
 
 An evaluation holds it under "drawn": {"points": [[x, y], ...], "target": the same of the data}, {"line":
-{"x", "target", "made"}}, or {"images": [N][rows][columns] from 0 to 255, "target"}.
+{"x", "target", "made"}}, {"images": [N][rows][columns] from 0 to 255, "target"}, or {"paths": [N][places]
+[x, y], "target": those of brute force, "surface": {"x", "y", "energy": [rows][columns]}}.
 """
 
 from textwrap import fill
@@ -11,7 +12,8 @@ import numpy as np
 from .canvas import FAINT, drawing
 
 COLUMNS, ACROSS, GAP = 3, 6, 1  # panels in a row, images in a row of a panel, shades between images
-KINDS = ("points", "line", "images")
+KINDS = ("points", "line", "images", "paths")
+APART = {"images": "the data", "paths": "brute force"}  # what is aimed at has a panel of its own
 
 
 def drawn(chapter, look):
@@ -22,17 +24,18 @@ def drawn(chapter, look):
     runs = [r for r in runs if kind in r.record["drawn"]]
     if kind is None:
         return None
-    also = kind == "images"  # the data have a panel of their own
+    also = kind in APART
     rows = -(-(len(runs) + also) // COLUMNS)
     with drawing(width=6.9, height=0.3 + rows * (1.5 if kind == "line" else 2.2)) as figure:
         panels = figure.subplots(rows, COLUMNS, squeeze=False, sharex=True, sharey=True).ravel()
         for panel in panels[len(runs) + also :]:
             panel.set_axis_off()
         if also:
-            _tiles(panels[0], runs[0].record["drawn"]["target"])
-            panels[0].set_title("the data", fontsize=9.2)
+            _target(kind, panels[0], runs[0].record["drawn"])
+            panels[0].set_title(APART[kind], fontsize=9.2)
+        each = {"points": _points, "line": _line, "images": _images, "paths": _paths}[kind]
         for panel, run in zip(panels[also:], runs, strict=False):
-            {"points": _points, "line": _line, "images": _images}[kind](panel, run, look[run.key])
+            each(panel, run, look[run.key])
             panel.set_title(fill(run.label, 30), fontsize=9.2, color=look[run.key].colour)
         if kind == "points":
             _bound(panels[0], runs)
@@ -45,9 +48,18 @@ def caption(chapter):
     seed = f"Seed {min((r.seed for r in chapter.runs if r.record.get('drawn')), default=0)}. "
     if "images" in found:
         return seed + "Samples as they came, ordered by the class that was asked for, if one was."
+    if "paths" in found:
+        return seed + "Paths from last departure to first arrival, over the energy: darker is higher."
     if "points" in found:
         return seed + "Grey: the data."
     return seed + "Densities, of both with some noise added. Grey: the target's."
+
+
+def _target(kind, panel, recorded):
+    if kind == "images":
+        _tiles(panel, recorded["target"])
+    else:
+        _lines(panel, recorded["target"], recorded["surface"], "#3c4650")
 
 
 def _points(panel, run, style):
@@ -70,6 +82,19 @@ def _line(panel, run, style):
     panel.fill_between(line["x"], line["target"], color="#d5dbe1", lw=0)
     panel.plot(line["x"], line["made"], color=style.colour, ls=style.dash)
     panel.set_ylim(0, 1.6 * max(line["target"]))
+
+
+def _paths(panel, run, style):
+    recorded = run.record["drawn"]
+    _lines(panel, recorded["paths"], recorded["surface"], style.colour)
+
+
+def _lines(panel, paths, surface, colour):
+    panel.contourf(surface["x"], surface["y"], surface["energy"], levels=10, cmap="Greys", alpha=0.4)
+    for path in paths:
+        panel.plot(*np.array(path).T, color=colour, lw=0.5, alpha=0.7)
+    panel.set_aspect("equal")
+    panel.grid(False)
 
 
 def _images(panel, run, style):

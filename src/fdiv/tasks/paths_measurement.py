@@ -19,6 +19,7 @@ from fdiv.tasks.paths import Paths, Rolled
 from fdiv.tasks.surfaces import Surface
 
 AT_ONCE = 20_000  # paths that are held whole
+SHOWN, GRID, HIGHEST = 24, 40, 25  # transitions of a picture, places along its sides, its highest energy
 CELLS = 12  # of an occupation, along each side of the window
 
 
@@ -90,7 +91,33 @@ def measured(task: Paths, model: Classifier, seed: int) -> dict[str, Any]:
     errors |= {name: math.nan for name in scalars if name not in errors}
     errors["transition probability"] = _error(probability)
     found = {"exact": False, "scalars": scalars, "scalar_errors": errors}
-    return found | {"divergences": {}, "calibration": {}, "curves": {}, "samples": []}
+    found |= {"divergences": {}, "calibration": {}, "curves": {}, "samples": []}
+    return found | ({"drawn": picture(task.surface, own, brute)} if len(own.arrival) else {})
+
+
+def picture(surface: Surface, own: Transitions, brute: Transitions) -> dict[str, Any]:
+    """Some transitions of both over the energy, up to HIGHEST temperatures above the start."""
+    sides = [torch.linspace(low, high, GRID) for low, high in surface.window]
+    energy = surface.energy(torch.stack(torch.meshgrid(*sides, indexing="xy"), -1))
+    top = surface.energy(torch.tensor(surface.start)) + HIGHEST * surface.temperature
+    x, y, height = (_rounded(t) for t in (*sides, torch.minimum(energy, top)))
+    return {
+        "paths": _some(own),
+        "target": _some(brute),
+        "surface": {"x": x, "y": y, "energy": height},
+    }
+
+
+def _some(of: Transitions) -> list:
+    return [
+        _rounded(path[inside]) for path, inside in zip(of.positions[:SHOWN], of.inside[:SHOWN], strict=True)
+    ]
+
+
+def _rounded(numbers: Tensor) -> list:
+    return [
+        [round(n, 3) for n in row] if isinstance(row, list) else round(row, 3) for row in numbers.tolist()
+    ]
 
 
 @torch.no_grad()

@@ -50,9 +50,10 @@ class Generator(FDivergence):
 
     def perspective(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         gap, cap, ends = log_p - log_q, ratio_cap(log_p.dtype), self._ends[log_p.dtype]
-        # Beyond e^cap f overflows: there the mass of p is factored out, and what is left continued.
         inside = continued(self.f_of_log_ratio, gap.clamp(max=cap), (ends.low_slope, 0.0))
-        beyond = continued(self._per_unit_of_p, gap.clamp(min=cap), (0.0, ends.high_slope))
+        # Beyond e^cap f overflows: there the mass of p is factored out, and what is left is a line.
+        over = torch.where((gap > cap) & (gap < math.inf), gap - cap, 0.0)
+        beyond = ends.high_value + ends.high_slope * over
         inside = log_q.exp() * torch.where(gap == -math.inf, ends.f_at_zero, inside)
         beyond = log_p.exp() * torch.where(gap == math.inf, ends.slope_at_infinity, beyond)
         # The linear part stands apart from f, in which it would swallow the digits of psi at u >> 1.
@@ -65,11 +66,15 @@ class Generator(FDivergence):
 
 
 class _Ends(NamedTuple):
-    """What a user's f does far from u = 1: f(0), f'(inf), and slopes in the log-ratio at the caps."""
+    """What a user's f does far from u = 1: f(0), f'(inf), and slopes in the log-ratio at the caps.
+
+    high_value, high_slope: of f(u) / u.
+    """
 
     f_at_zero: float
     slope_at_infinity: float
     low_slope: float
+    high_value: float
     high_slope: float
 
 
@@ -81,6 +86,7 @@ def _measure_ends(generator: Generator, dtype: torch.dtype) -> _Ends:
         f_at_zero=-falling_limit((-generator.f_of_log_ratio(-far)).tolist()),
         slope_at_infinity=-falling_limit((-generator._per_unit_of_p(far)).tolist()),
         low_slope=derivative(generator.f_of_log_ratio, -cap).clamp(-largest, largest).item(),
+        high_value=generator._per_unit_of_p(cap).clamp(-largest, largest).item(),
         high_slope=derivative(generator._per_unit_of_p, cap).clamp(-largest, largest).item(),
     )
 

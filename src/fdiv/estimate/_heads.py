@@ -1,6 +1,6 @@
 """The last layer of a language model, as the fused estimators see it."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -66,6 +66,9 @@ def _gathered(tensor: Tensor | None) -> Tensor | None:
     return _Average.apply(tensor.full_tensor(grad_placements=[Partial()] * mesh.ndim), mesh.size())
 
 
+TILE_BYTES = 2 << 20  # of a head, widened at one time
+
+
 class Projection:
     """One model's rows on their way to logits, and a gradient's way back, for the length of a call.
 
@@ -81,8 +84,6 @@ class Projection:
         self.narrow = narrow if narrow == torch.bfloat16 else self.dtype
         self.on_cuda = hidden.is_cuda
         self.weight = head.weight.to(self.narrow)
-        # CUDA multiplies bfloat16 into float32; a CPU wants operands of the result's type.
-        self.wide = self.weight if self.on_cuda else self.weight.to(self.dtype)
         self.factor = head.scale if head.softcap else head.scale / head.temperature
         # One buffer for all chunks: fresh pages would cost as much as the exponentials.
         self.buffer = hidden.new_empty(min(chunk, len(hidden)), len(head.weight), dtype=self.dtype)
@@ -127,10 +128,23 @@ class Projection:
         return product if total is None else total.to(self.dtype).add_(product)
 
     def _product(self, hidden: Tensor, out: Tensor) -> Tensor:
-        if self.on_cuda and self.narrow != self.dtype:
-            return out.copy_(torch.mm(hidden.to(self.narrow), self.wide.T, out_dtype=self.dtype))
-        with _bfloat16_units() if self.narrow == torch.bfloat16 else nullcontext():
-            return torch.mm(hidden.to(self.dtype), self.wide.T, out=out)
+        if self.narrow == self.dtype:
+            return torch.mm(hidden.to(self.dtype), self.weight.T, out=out)
+        if self.on_cuda:
+            return out.copy_(torch.mm(hidden.to(self.narrow), self.weight.T, out_dtype=self.dtype))
+        return self._tiled_product(hidden.to(self.dtype), out)
+
+    def _tiled_product(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """CUDA multiplies bfloat16 into float32; a CPU wants operands of the result's type.
+
+        They are widened a piece at a time, which is still in the cache when it is multiplied.
+        """
+        tile = hidden.new_empty(max(1, TILE_BYTES // (4 * max(1, hidden.shape[1]))), hidden.shape[1])
+        with _bfloat16_units():
+            for start in range(0, len(self.weight), len(tile)):
+                part = self.weight[start : start + len(tile)]
+                torch.mm(hidden, tile[: len(part)].copy_(part).T, out=out[:, start : start + len(part)])
+        return out
 
 
 @contextmanager

@@ -463,3 +463,12 @@ def test_every_exported_f_divergence_has_a_row():
 def test_every_row_is_another_divergence():
     names = [str(row) for row in ROWS]
     assert len(names) == len(set(names))
+
+
+def test_a_users_f_that_overflows_is_infinite_there_and_has_finite_gradients_elsewhere():
+    steep = fdiv.Generator(lambda log_ratio: (10 * log_ratio).exp())
+    far = steep.perspective(torch.tensor([-0.01]), torch.tensor([-50.0]))
+    assert far.item() == math.inf  # p u^9 of u = e^50 is more than float32 holds
+    p, q = (torch.tensor([0.3, 0.7]).log().requires_grad_(), torch.tensor([0.5, 0.5]).log().requires_grad_())
+    for slope in torch.autograd.grad(steep.perspective(p, q).sum(), (p, q)):
+        assert slope.isfinite().all()

@@ -275,6 +275,7 @@ def test_what_would_be_ignored_is_refused(tmp_path):
             "micro_batch",
         ),
         ({"method": "SquaredError()"}, "consumes examples"),
+        ({"method": "LogVariance(importance=0.01)"}, "less than one path of batch_size 8"),
     ):
         run = run_of(tmp_path, baselines=[], **change)
         train_reference(run)

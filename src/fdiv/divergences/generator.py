@@ -53,7 +53,7 @@ class Generator(FDivergence):
         inside = continued(self.f_of_log_ratio, gap.clamp(max=cap), (ends.low_slope, 0.0))
         # Beyond e^cap f overflows: there the mass of p is factored out, and what is left is a line.
         over = torch.where((gap > cap) & (gap < math.inf), gap - cap, 0.0)
-        beyond = ends.high_value + ends.high_slope * over
+        beyond = torch.where(gap > cap, ends.high_value + ends.high_slope * over, 0.0)
         inside = log_q.exp() * torch.where(gap == -math.inf, ends.f_at_zero, inside)
         beyond = log_p.exp() * torch.where(gap == math.inf, ends.slope_at_infinity, beyond)
         # The linear part stands apart from f, in which it would swallow the digits of psi at u >> 1.
@@ -86,7 +86,7 @@ def _measure_ends(generator: Generator, dtype: torch.dtype) -> _Ends:
         f_at_zero=-falling_limit((-generator.f_of_log_ratio(-far)).tolist()),
         slope_at_infinity=-falling_limit((-generator._per_unit_of_p(far)).tolist()),
         low_slope=derivative(generator.f_of_log_ratio, -cap).clamp(-largest, largest).item(),
-        high_value=generator._per_unit_of_p(cap).clamp(-largest, largest).item(),
+        high_value=generator._per_unit_of_p(cap).to(dtype).item(),
         high_slope=derivative(generator._per_unit_of_p, cap).clamp(-largest, largest).item(),
     )
 

@@ -54,6 +54,11 @@ class PathsFeed(Feed):
             raise ValueError(
                 f"{method!r} learns from paths, which {self.task!r} has none of; write Paths(...)"
             )
+        if method.importance and not self._weighed:
+            raise ValueError(
+                f"importance={method.importance:g} is less than one path of batch_size "
+                f"{self.spec.batch_size}; raise either, or leave importance out"
+            )
         self.require_small("paths")
 
     def attend(self, model: Classifier) -> nn.Module | None:
@@ -78,11 +83,15 @@ class PathsFeed(Feed):
         index = self._index(generator).to(self.device)
         return self._mine({name: self.memory[name][index] for name in KEPT})
 
+    @property
+    def _weighed(self) -> int:
+        """Paths of a batch that are drawn by weight."""
+        return round(self.method.importance * self.spec.batch_size)
+
     def _index(self, generator: torch.Generator) -> Tensor:
         """Which of the kept paths make a batch."""
-        kept, size = len(self.memory["length"]), self.spec.batch_size
-        weighed = round(self.method.importance * size)
-        evenly = torch.randint(kept, (size - weighed,), generator=generator)
+        kept, weighed = len(self.memory["length"]), self._weighed
+        evenly = torch.randint(kept, (self.spec.batch_size - weighed,), generator=generator)
         if not weighed:
             return evenly
         weight = self.memory["weight"].cpu()
